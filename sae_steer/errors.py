@@ -1,0 +1,21 @@
+"""What a user can do wrong, told in one line: what was given, what would have worked, what to do next."""
+
+
+class SteerError(Exception):
+    """A problem the user can mend; the command line prints it alone and exits with 1."""
+
+
+class InputError(SteerError):
+    """A text, pair, cache, dictionary or option that cannot be used as given."""
+
+
+class StaleError(SteerError):
+    """A finished output made from other inputs or settings: refused, not overwritten, unless forced."""
+
+
+class NotFiniteError(SteerError):
+    """A NaN, an infinity, or a value beyond what the storage type holds."""
+
+
+class NotDeliveredError(SteerError):
+    """An edit that never reached the activations: an error, not a null result."""

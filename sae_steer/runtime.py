@@ -1,0 +1,92 @@
+"""The machine a run happens on: device, compute precision, generators, files written beside and renamed."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from sae_steer.errors import SteerError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where tensors live and at which precision matrix products run."""
+
+    device: torch.device
+    autocast: torch.dtype | None = None
+    """Type of matrix products inside `world.compute()`; None leaves everything in float32."""
+
+    @classmethod
+    def local(cls, *, precision: str = "bfloat16", device: str | None = None) -> "World":
+        """This process on `device`, or on the GPU if there is one."""
+        found = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(torch.device(found), None if precision == "float32" else getattr(torch, precision))
+
+    def compute(self) -> AbstractContextManager:
+        """A context whose matrix products run at this world's precision."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+
+def generator(*seeds: int) -> torch.Generator:
+    """A CPU generator fixed by a path of integers, so that (seed, 1) and (seed, 2) are independent."""
+    mixed = 0
+    for seed in seeds:  # splitmix64 over the path
+        mixed = (mixed + seed + 0x9E3779B97F4A7C15) % 2**64
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed % 2**63)
+
+
+class Progress(Protocol):
+    """What long work tells its caller: the command line draws it, tests collect it."""
+
+    def __call__(self, done: float, total: float, note: str = "") -> None:
+        """`done` of `total` units are finished; `note` is a short status for people."""
+
+
+def silent(done: float, total: float, note: str = "") -> None:
+    """The `Progress` that says nothing."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to; renamed onto it, whole and synced, when the block ends well.
+
+    A folder that cannot be written and a full disk become a `SteerError`, and `path` stays as it was.
+    """
+    path = Path(path)
+    scratch = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        scratch = Path(name)
+        yield scratch
+        with open(scratch, "rb") as written:
+            os.fsync(written.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        scratch.chmod(0o666 & ~mask)  # mkstemp makes files private
+        scratch.replace(path)
+    except OSError as error:
+        raise SteerError(
+            f"cannot write {path}: {error.strerror or error}; free space or name a writable folder with --out"
+        ) from error
+    finally:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write `text` to `path`, beside and renamed; returns `path`."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+    return Path(path)

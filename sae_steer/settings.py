@@ -1,0 +1,146 @@
+"""Every knob on one page: small frozen dataclasses, free of torch. The command line's defaults are theirs."""
+
+from dataclasses import dataclass
+
+SPLITS = ("train", "scan", "tune", "confirm")
+"""What each text is for: training dictionaries, choosing a feature, setting its scale, testing it.
+The last three hold tasks no model or dictionary was trained on, and share no task."""
+
+DEFAULT_PAIR = "small"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSettings:
+    """The shape of a decoder: a Llama (RMSNorm, RoPE half-half, SwiGLU, no biases)."""
+
+    n_layers: int = 6
+    n_heads: int = 8
+    n_kv_heads: int = 8
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int = 512
+    eps: float = 1e-6
+    rope_base: float = 10_000.0
+    tied: bool = True
+    """Whether the unembedding is the embedding table."""
+
+
+PRESETS = {
+    "small": DecoderSettings(d_model=128, d_head=16, d_mlp=384, d_vocab=1024 + 5),
+    "interpgpt-23m": DecoderSettings(d_model=512, d_head=64, d_mlp=1408, d_vocab=8192 + 5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairTrainingSettings:
+    """How `train-pair` makes two models that differ in training text alone."""
+
+    preset: str = "small"
+    init: str = "shared"
+    """`shared`: both continue one model trained on an equal mix for the first third; `separate`: two seeds."""
+    tokens: int = 6_000_000
+    """Tokens each model is trained on, its share of a common start included."""
+    tokens_per_batch: int = 4096
+    lr: float = 3e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.02
+    """Share of the steps in which the learning rate rises linearly; it then falls on a cosine to a tenth."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints: what a kill can cost."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSettings:
+    """How many plans of the generated corpus each split reads; every plan is read in both renderings."""
+
+    train_plans: int = 6_000
+    scan_plans: int = 1_000
+    tune_plans: int = 300
+    confirm_plans: int = 600
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """Which residual streams are stored, and how."""
+
+    layers: tuple[int, ...] = (2,)
+    dtype: str = "float16"
+    rows_per_shard: int = 65_536
+    """Rows a shard holds at most; a kill costs at most one shard."""
+    tokens_per_batch: int = 8_192
+    precision: str = "float32"
+    """Type of the models' matrix products: `float32` or `bfloat16`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAESettings:
+    """How a TopK dictionary is learned (Gao et al. 2024, 2406.04093)."""
+
+    d_sae: int = 4096
+    k: int = 40
+    rows: int = 3_000_000
+    """Rows read in all; the cache's training split is read as often as that takes."""
+    batch_size: int = 4096
+    lr: float = 1e-3
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate rises linearly."""
+    decay: float = 0.25
+    """Share of the steps, the last ones, in which it falls linearly to zero."""
+    aux_k: int = 64
+    """Dead features that reconstruct the residual error in the auxiliary loss."""
+    aux_coefficient: float = 1 / 32
+    dead_after_rows: int = 200_000
+    """A feature silent for so many rows counts as dead."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints: what a kill can cost."""
+    precision: str = "bfloat16"
+    """Type of the encoder's matrix product: `float32` or `bfloat16`."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanSettings:
+    """When a feature counts as specific to the target model."""
+
+    min_rate: float = 0.01
+    """Least firing rate at the target model's onsets."""
+    max_q: float = 0.05
+    """Largest Benjamini-Hochberg q over all features."""
+    min_ratio: float = 10.0
+    """Least ratio of the two models' firing rates."""
+    like_rate: float = 0.59
+    """`like-2504`: the target firing rate of the released feature 2504."""
+    like_max_reference: float = 0.005
+    """`like-2504`: the largest firing rate in the reference model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InterveneSettings:
+    """What `intervene` does and with how much data."""
+
+    doses: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+    """Multiples of s, the feature's median active contribution."""
+    primary_dose: float = 1.0
+    upstream: int = 1
+    """Layers below the dictionary's at which the upstream variant injects."""
+    prompts: int = 300
+    """Confirm-split texts at most."""
+    onsets_per_prompt: int = 4
+    """Onsets drawn from each text for the edits made one at a time."""
+    min_firings: int = 50
+    min_tasks: int = 30
+    """A feature that fires at fewer onsets, or onsets of fewer tasks, is not tested."""
+    bootstrap_draws: int = 10_000
+    controls: int = 99
+    """Isotropic directions of the delivered norm that draw the null band beside each variant."""
+    generations: int = 80
+    """Sampled texts an arm, one a prompt."""
+    baseline_seeds: int = 16
+    """Baseline samples of every prompt, from which the A/A null is drawn."""
+    null_draws: int = 1_000
+    temperature: float = 1.0
+    seed: int = 0
