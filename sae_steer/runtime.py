@@ -1,5 +1,7 @@
 """The machine a run happens on: device, compute precision, generators, files written beside and renamed."""
 
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -90,3 +92,36 @@ def write_text(path: Path, text: str) -> Path:
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> Path:
+    """Write named tensors, and `facts` as JSON in the header, as one safetensors file, beside and renamed."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as scratch:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, {"facts": json.dumps(facts)})
+    return Path(path)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors and facts `write_tensors` wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise SteerError(f"{path} is not a whole checkpoint ({error}); delete it to start anew") from error
+
+
+def sha256(*parts: bytes | Path) -> str:
+    """The hash of the parts one after another; a path stands for its file's content."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        else:
+            digest.update(part)
+    return digest.hexdigest()

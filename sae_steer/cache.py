@@ -1,0 +1,435 @@
+"""Residual streams of both models over the same texts, in HDF5 shards that are written whole or not at all.
+
+1. Texts are dealt to shards in order, one split a shard; a shard's rows are a function of its texts alone.
+2. Within a shard texts run in batches of like length; padding is neither stored nor computed past a batch's longest.
+3. A shard is written beside, synced and renamed; then the manifest, which lists the finished shards, likewise.
+   A killed run therefore continues at the first shard the manifest lacks, and ends in the same bytes.
+4. Datasets are contiguous and uncompressed, so rows are read through `numpy.memmap` at the dataset's offset.
+
+One row = one token position, the same in both models. The only importer of h5py.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_steer.errors import InputError, NotFiniteError, SteerError
+from sae_steer.model.training import pad
+from sae_steer.pair.model_pair import ModelPair, NamedModel
+from sae_steer.pair.texts import GeneratedTexts, Text, TextSource
+from sae_steer.records import already_done, provenance, read_json, write_json
+from sae_steer.runtime import Progress, World, generator, replacing, sha256, silent
+from sae_steer.settings import SPLITS, CacheSettings
+
+FORMAT = 1
+DTYPES = ("float16", "float32")
+LABELS = {
+    "token": np.int32,
+    "prompt": np.int32,
+    "task": np.int32,
+    "text_variant": np.uint8,
+    "position": np.int32,
+    "is_onset": np.uint8,
+    "step": np.int32,
+    "next_is_target": np.uint8,
+    "true_p": np.float32,
+}
+BLOCK = 16
+"""Neighbouring rows that a shuffled batch takes together: one read, and still 256 places of the corpus a batch."""
+
+
+def site(layer: int) -> str:
+    """The TransformerLens name of the residual stream after block `layer`."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def cache_activations(
+    pair: ModelPair,
+    *,
+    out: Path,
+    settings: CacheSettings | None = None,
+    source: TextSource | None = None,
+    force: bool = False,
+    on_rows: Progress = silent,
+) -> "ActivationCache":
+    """Store both models' streams over the texts of `source` in `out`; resumes, and reuses what is whole."""
+    settings, source, out = settings or CacheSettings(), source or GeneratedTexts(), Path(out)
+    _check(pair, settings)
+    manifest_path = out / "manifest.json"
+    wanted = provenance(
+        settings=settings, inputs={"pair": pair.sha256, "texts": json.dumps(source.identity(), sort_keys=True)}
+    )
+    with _only_writer(out):
+        begun = already_done(manifest_path, wanted, force=force)
+        manifest = read_json(manifest_path) if begun else _new_manifest(pair, settings, source, wanted)
+        if manifest["complete"]:
+            return ActivationCache.open(out)
+        plan = list(_deal(pair, source, settings.rows_per_shard))
+        _check_plan(plan)
+        done, total = 0, sum(len(text) for _, texts in plan for text in texts)
+        for number, (split, texts) in enumerate(plan):
+            if number == len(manifest["shards"]):
+                shard = _write_shard(out / f"shard-{number:05d}.h5", pair, settings, split, texts)
+                manifest["shards"].append(shard)
+                write_json(manifest_path, manifest)
+            done += sum(map(len, texts))
+            on_rows(done, total, f"{split} rows")
+        write_json(manifest_path, {**manifest, "complete": True})
+    return ActivationCache.open(out)
+
+
+@dataclass(frozen=True)
+class ActivationCache:
+    """A finished cache. Rows of a split keep one order; labels and streams are read only when asked for."""
+
+    folder: Path
+    manifest: dict
+
+    @classmethod
+    def open(cls, folder: Path) -> "ActivationCache":
+        """The cache in `folder`; one that is missing, unfinished or short of a shard is an `InputError`."""
+        folder = Path(folder)
+        if not (folder / "manifest.json").is_file():
+            raise InputError(f"no activation cache in {folder}; run `sae-steer cache` first, or name one with --cache")
+        manifest = read_json(folder / "manifest.json")
+        if not manifest.get("complete"):
+            raise InputError(f"the cache in {folder} is only half written; repeat `sae-steer cache`, it resumes")
+        for shard in manifest["shards"]:
+            path = folder / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                raise InputError(f"{path} is missing or cut short; write the cache again with --force")
+        return cls(folder, manifest)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the manifest, which holds those of the shards."""
+        return sha256(self.folder / "manifest.json")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks after which the stream is stored."""
+        return tuple(self.manifest["layers"])
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The renderings the texts come in."""
+        return tuple(self.manifest["variants"])
+
+    def check_pair(self, pair: ModelPair) -> None:
+        """Raise `InputError` unless this cache was written from `pair`."""
+        if self.manifest["provenance"]["inputs"]["pair"] != pair.sha256:
+            raise InputError(
+                f"the cache in {self.folder} was written from another pair than '{pair.name}'; "
+                "write it again, or name the cache of this pair with --cache"
+            )
+
+    def verify(self) -> list[str]:
+        """What is wrong with the shards, by their checksums; an empty list if nothing is."""
+        return [
+            f"{self.folder / shard['file']} does not have the checksum of the manifest"
+            for shard in self.manifest["shards"]
+            if sha256(self.folder / shard["file"]) != shard["sha256"]
+        ]
+
+    def labels(self, split: str) -> dict[str, np.ndarray]:
+        """{name: [row]} every label of a split's rows."""
+        parts = [self._open(shard) for shard in self._shards(split)]
+        try:
+            return {name: np.concatenate([part[name][:] for part in parts]) for name in LABELS}
+        finally:
+            for part in parts:
+                part.close()
+
+    def texts(self, split: str, variant: str | None = None) -> list[Text]:
+        """The split's texts with their labels, in row order; of one rendering, or of all."""
+        labels = self.labels(split)
+        starts = np.flatnonzero(labels["position"] == 0)
+        texts = []
+        for start, stop in zip(starts, [*starts[1:], len(labels["position"])], strict=True):
+            number = int(labels["text_variant"][start])
+            if variant is not None and self.variants[number] != variant:
+                continue
+            texts.append(
+                Text(
+                    prompt=int(labels["prompt"][start]),
+                    task=int(labels["task"][start]),
+                    variant=number,
+                    split=split,
+                    token=labels["token"][start:stop],
+                    is_onset=labels["is_onset"][start:stop].astype(bool),
+                    step=labels["step"][start:stop],
+                    next_is_target=labels["next_is_target"][start:stop].astype(bool),
+                    true_p=labels["true_p"][start:stop],
+                )
+            )
+        return texts
+
+    def rows(self, model: str, layer: int, split: str) -> "ActivationRows":
+        """One model's stream after one block, over a split's rows."""
+        if layer not in self.layers:
+            raise InputError(f"the cache in {self.folder} holds layers {self.layers}, not {layer}; cache it first")
+        if model not in self.manifest["models"]:
+            raise InputError(f"the cache in {self.folder} holds {' and '.join(self.manifest['models'])}, not {model!r}")
+        dataset = f"{model}/{site(layer)}"
+        maps, sums, squares = [], 0.0, 0.0
+        for shard in self._shards(split):
+            with self._open(shard) as file:
+                stored = file[dataset]
+                maps.append(
+                    np.memmap(
+                        file.filename, stored.dtype, mode="r", offset=stored.id.get_offset(), shape=stored.shape
+                    )
+                )
+                sums = sums + file[f"moments/{dataset}"][0]
+                squares = squares + file[f"moments/{dataset}"][1]
+        fixed = "/".join((*(shard["sha256"] for shard in self._shards(split)), dataset))
+        return ActivationRows(tuple(maps), np.asarray(sums), np.asarray(squares), sha256(fixed.encode()))
+
+    def _shards(self, split: str) -> list[dict]:
+        found = [shard for shard in self.manifest["shards"] if shard["split"] == split]
+        if not found:
+            raise InputError(f"the cache in {self.folder} has no '{split}' rows; write it with texts for that split")
+        return found
+
+    def _open(self, shard: dict) -> h5py.File:
+        path = self.folder / shard["file"]
+        try:
+            return h5py.File(path, "r")
+        except OSError as error:
+            raise InputError(f"{path} is not a whole HDF5 file; write the cache again with --force") from error
+
+
+@dataclass(frozen=True)
+class ActivationRows:
+    """Rows of one stream: in order, or in shuffled batches whose whole state is the step."""
+
+    maps: tuple[np.ndarray, ...]
+    sums: Float[np.ndarray, " d_model"]
+    squares: Float[np.ndarray, " d_model"]
+    fingerprint: str
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.maps[0].shape[1]
+
+    @cached_property
+    def n_rows(self) -> int:
+        """Rows in all."""
+        return sum(len(part) for part in self.maps)
+
+    @property
+    def mean(self) -> Float[Tensor, " d_model"]:
+        """The mean row."""
+        return torch.from_numpy(self.sums / self.n_rows).float()
+
+    @property
+    def mean_square(self) -> float:
+        """Mean squared distance of a row from the mean row."""
+        return float((self.squares / self.n_rows - (self.sums / self.n_rows) ** 2).sum())
+
+    def in_order(self, size: int = 8_192) -> Iterator[Float[Tensor, "row d_model"]]:
+        """Every row, float32, in chunks."""
+        for part in self.maps:
+            for start in range(0, len(part), size):
+                yield torch.from_numpy(part[start : start + size].astype(np.float32))
+
+    def take(self, rows: np.ndarray) -> Float[Tensor, "row d_model"]:
+        """The rows of these numbers (rising), float32."""
+        ends = np.cumsum([len(part) for part in self.maps])
+        starts = ends - [len(part) for part in self.maps]
+        inside = [rows[(rows >= start) & (rows < end)] - start for start, end in zip(starts, ends, strict=True)]
+        chosen = [part[chosen] for part, chosen in zip(self.maps, inside, strict=True)]
+        return torch.from_numpy(np.concatenate(chosen).astype(np.float32))
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Float[Tensor, "batch d_model"]:
+        """Batch `step` of a seeded shuffle of all blocks of rows, a new one every epoch."""
+        per_batch = batch_size // BLOCK
+        if batch_size % BLOCK or per_batch > len(self._blocks):
+            raise InputError(
+                f"a batch of {batch_size} rows cannot be cut from {self.n_rows} rows in blocks of {BLOCK}; "
+                "choose a smaller multiple of it, or cache more texts"
+            )
+        epoch, within = divmod(step, len(self._blocks) // per_batch)
+        chosen = self._order(seed, epoch)[within * per_batch : (within + 1) * per_batch]
+        batch = np.empty((batch_size, self.d_in), dtype=np.float32)
+        for slot, (part, start) in enumerate(self._blocks[chosen]):
+            batch[slot * BLOCK : (slot + 1) * BLOCK] = self.maps[part][start : start + BLOCK]
+        return torch.from_numpy(batch)
+
+    @cached_property
+    def _blocks(self) -> np.ndarray:
+        """[block, 2] the shard and first row of every whole block."""
+        return np.array(
+            [(part, start) for part, rows in enumerate(self.maps) for start in range(0, len(rows) - BLOCK + 1, BLOCK)]
+        )
+
+    @cached_property
+    def _orders(self) -> dict[tuple[int, int], np.ndarray]:
+        return {}
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        if (seed, epoch) not in self._orders:
+            self._orders.clear()
+            self._orders[seed, epoch] = torch.randperm(len(self._blocks), generator=generator(seed, epoch, 3)).numpy()
+        return self._orders[seed, epoch]
+
+
+def _check(pair: ModelPair, settings: CacheSettings) -> None:
+    if settings.dtype not in DTYPES:
+        raise InputError(f"cannot store activations as {settings.dtype!r}; choose {' or '.join(DTYPES)}")
+    if not settings.layers:
+        raise InputError("no layer to cache; name one with --layer")
+    for layer in settings.layers:
+        pair.check_layer(layer)
+
+
+def _new_manifest(pair: ModelPair, settings: CacheSettings, source: TextSource, wanted: dict) -> dict:
+    return {
+        "format": FORMAT,
+        "pair": pair.name,
+        "models": {
+            model.name: {"sha256": model.sha256, "d_model": model.decoder.shape.d_model} for model in pair.models
+        },
+        "tokenizer": pair.tokenizer.sha256,
+        "layers": list(settings.layers),
+        "dtype": settings.dtype,
+        "variants": list(source.variants),
+        "provenance": wanted,
+        "complete": False,
+        "shards": [],
+    }
+
+
+def _deal(pair: ModelPair, source: TextSource, rows_per_shard: int) -> Iterator[tuple[str, list[Text]]]:
+    """(split, texts) a shard: consecutive texts until the next would not fit."""
+    for split in SPLITS:
+        texts: list[Text] = []
+        rows = 0
+        for text in source.texts(pair, split):
+            if texts and rows + len(text) > rows_per_shard:
+                yield split, texts
+                texts, rows = [], 0
+            texts.append(text)
+            rows += len(text)
+        if texts:
+            yield split, texts
+
+
+def _check_plan(plan: list[tuple[str, list[Text]]]) -> None:
+    if not plan:
+        raise InputError("there are no texts to cache; ask for plans, or give a file with texts")
+    if not any(text.is_onset.any() for _, texts in plan for text in texts):
+        raise InputError("no text has an onset; the pair's [onset] tokens or regex match nothing in these texts")
+
+
+def _write_shard(path: Path, pair: ModelPair, settings: CacheSettings, split: str, texts: list[Text]) -> dict:
+    """Run both models over `texts`, write the shard, and return its line of the manifest."""
+    rows = sum(map(len, texts))
+    with replacing(path) as scratch, h5py.File(scratch, "w") as file:
+        for name, column in _label_columns(texts).items():
+            file.create_dataset(name, data=column.astype(LABELS[name]))
+        for model in pair.models:
+            for layer, resid in _streams(model, texts, settings).items():
+                dataset = f"{model.name}/{site(layer)}"
+                stored = resid.astype(settings.dtype)
+                _check_finite(stored, texts, model.name, layer, settings.dtype)
+                file.create_dataset(dataset, data=stored)
+                exact = stored.astype(np.float64)
+                file.create_dataset(f"moments/{dataset}", data=np.stack([exact.sum(0), (exact**2).sum(0)]))
+    return {
+        "file": path.name,
+        "split": split,
+        "rows": rows,
+        "texts": len(texts),
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+    }
+
+
+def _label_columns(texts: list[Text]) -> dict[str, np.ndarray]:
+    def spread(name: str) -> np.ndarray:
+        return np.concatenate([np.full(len(text), getattr(text, name)) for text in texts])
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(text, name) for text in texts])
+
+    return {
+        **{name: joined(name) for name in ("token", "is_onset", "step", "next_is_target", "true_p")},
+        "prompt": spread("prompt"),
+        "task": spread("task"),
+        "text_variant": spread("variant"),
+        "position": np.concatenate([np.arange(len(text)) for text in texts]),
+    }
+
+
+@torch.no_grad()
+def _streams(model: NamedModel, texts: list[Text], settings: CacheSettings) -> dict[int, np.ndarray]:
+    """{layer: [row, d_model] float32} over the texts' rows, in order."""
+    world = World.local(precision=settings.precision, device=str(model.decoder.device))
+    starts = np.cumsum([0, *(len(text) for text in texts)])
+    streams = {
+        layer: np.empty((starts[-1], model.decoder.shape.d_model), dtype=np.float32) for layer in settings.layers
+    }
+    for batch in length_batches([len(text) for text in texts], settings.tokens_per_batch):
+        tokens = pad([texts[i].token.tolist() for i in batch], 0).to(world.device)
+        with world.compute():
+            found = model.decoder.resid_posts(tokens, settings.layers)
+        for layer, resid in found.items():
+            values = resid.float().cpu().numpy()
+            for row, i in enumerate(batch):
+                streams[layer][starts[i] : starts[i + 1]] = values[row, : len(texts[i])]
+    return streams
+
+
+def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Indices of texts of like length, about `tokens_per_batch` tokens a batch with padding counted."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and lengths[i] * (len(batch) + 1) > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _check_finite(stored: np.ndarray, texts: list[Text], model: str, layer: int, dtype: str) -> None:
+    bad = np.argwhere(~np.isfinite(stored).all(axis=1))
+    if not len(bad):
+        return
+    row = int(bad[0, 0])
+    starts = np.cumsum([0, *(len(text) for text in texts)])
+    which = int(np.searchsorted(starts, row, side="right")) - 1
+    raise NotFiniteError(
+        f"model '{model}' has a value {dtype} cannot hold after block {layer}, prompt {texts[which].prompt}, "
+        f"position {row - starts[which]}; use --dtype float32, or mend the model if it is not finite there either"
+    )
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the system drops when the process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise SteerError(f"cannot write {folder}: {error.strerror}; name a writable folder with --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SteerError(f"another process is writing the cache in {folder}; wait for it, or use another --out") from error
+        yield
+
+

@@ -1,0 +1,183 @@
+"""Next-token training of one decoder, resumable bit for bit.
+
+1. A step's batch is a pure function of the step, so the data cursor is the step.
+2. The learning rate rises linearly, then falls on a cosine to a tenth.
+3. A checkpoint is one file: weights, AdamW's moments, the step, the loss so far.
+4. A model may start from another's checkpoint: that is how two models come to share a basis.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+
+from sae_steer.errors import NotFiniteError, StaleError
+from sae_steer.model.decoder import Decoder, init_decoder
+from sae_steer.runtime import Progress, World, generator, read_tensors, silent, write_tensors
+from sae_steer.settings import DecoderSettings, PairTrainingSettings
+
+Tokens = Int[Tensor, "batch pos"]
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Padded token batches of one text order; a batch's tokens right-padded with `pad_id`."""
+
+    tokens: tuple[Tokens, ...]
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, step: int) -> Tokens:
+        return self.tokens[step]
+
+
+@dataclass
+class TrainingState:
+    """A model part-way through its training: what a checkpoint holds."""
+
+    model: Decoder
+    optimiser: torch.optim.AdamW
+    step: int = 0
+    loss: float = math.nan
+    """Mean training loss since the last checkpoint, nats a token."""
+
+    @classmethod
+    def fresh(cls, shape: DecoderSettings, settings: PairTrainingSettings, *, stream: int, world: World) -> "TrainingState":
+        """Random weights of `settings.seed` and `stream`."""
+        model = init_decoder(shape, generator(settings.seed, stream)).to(world.device)
+        return cls(model, _optimiser(model, settings))
+
+    def save(self, path: Path, identity: dict) -> None:
+        """Write the checkpoint; `identity` says what run it belongs to."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            moments = self.optimiser.state.get(parameter, {})
+            tensors |= {f"{key}.{name}": moment for key, moment in moments.items()}
+        write_tensors(path, tensors, {"step": self.step, "loss": self.loss, "identity": identity})
+
+    def load(self, path: Path, identity: dict | None) -> "TrainingState":
+        """Continue from a checkpoint; one of another run (`identity`) is refused."""
+        tensors, facts = read_tensors(path)
+        if identity is not None and facts["identity"] != identity:
+            raise StaleError(f"{path} belongs to a run with other settings; use another --out or --force")
+        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
+        for name, parameter in self.model.named_parameters():
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
+            self.optimiser.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu") for key in keys}
+        self.step, self.loss = facts["step"], facts["loss"]
+        return self
+
+
+def train(
+    state: TrainingState,
+    batch: Callable[[int], Tokens],
+    settings: PairTrainingSettings,
+    *,
+    pad_id: int,
+    stop: int,
+    steps: int,
+    world: World,
+    checkpoint: Path,
+    identity: dict,
+    held_out: Batches | None = None,
+    on_step: Progress = silent,
+) -> list[dict]:
+    """Train `state` up to step `stop` of a schedule of `steps`; returns the log, one entry a checkpoint."""
+    log, total, since = [], 0.0, 0
+    while state.step < stop:
+        for group in state.optimiser.param_groups:
+            group["lr"] = settings.lr * schedule(state.step / steps, settings.warmup)
+        loss = _train_step(state, batch(state.step).to(world.device), pad_id, world)
+        state.step += 1
+        total, since = total + loss, since + 1
+        if state.step % settings.checkpoint_every == 0 or state.step == stop:
+            if not math.isfinite(total):
+                raise NotFiniteError(
+                    f"the training loss was not finite before step {state.step}; the checkpoint {checkpoint} is the "
+                    f"last good one; restart with a lower --lr (it was {settings.lr})"
+                )
+            state.loss, total, since = total / since, 0.0, 0
+            entry = {"step": state.step, "loss": state.loss}
+            if held_out is not None:
+                entry["held_out_loss"] = held_out_loss(state.model, held_out, world)
+            log.append(entry)
+            state.save(checkpoint, identity)
+        on_step(state.step, stop, f"loss {loss:.3f}")
+    return log
+
+
+def schedule(progress: float, warmup: float) -> float:
+    """The learning rate as a share of its peak, `progress` from 0 to 1 through the run."""
+    if progress < warmup:
+        return (progress + 1e-3) / (warmup + 1e-3)
+    return 0.55 + 0.45 * math.cos(math.pi * (progress - warmup) / (1 - warmup))
+
+
+@torch.no_grad()
+def held_out_loss(model: Decoder, batches: Batches, world: World) -> float:
+    """Mean cross-entropy, nats a token."""
+    total = count = 0.0
+    for tokens in batches.tokens:
+        loss, n = _loss(model, tokens.to(world.device), batches.pad_id, world)
+        total, count = total + float(loss) * float(n), count + float(n)
+    return total / count
+
+
+def _optimiser(model: Decoder, settings: PairTrainingSettings) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    gains = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98), fused=True)
+
+
+def _train_step(state: TrainingState, tokens: Tokens, pad_id: int, world: World) -> float:
+    loss, _ = _loss(state.model, tokens, pad_id, world)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
+    state.optimiser.step()
+    state.optimiser.zero_grad()
+    return float(loss)
+
+
+def _loss(model: Decoder, tokens: Tokens, pad_id: int, world: World) -> tuple[Tensor, Tensor]:
+    targets = tokens[:, 1:].masked_fill(tokens[:, 1:] == pad_id, IGNORE)
+    with world.compute():
+        logits = model(tokens[:, :-1])
+    loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+    return loss, (targets != IGNORE).sum()
+
+
+def bucket(
+    texts: list[list[int]], *, tokens_per_batch: int, pad_id: int, seed: int, chunk: int = 2_048
+) -> tuple[Tokens, ...]:
+    """Batches of about `tokens_per_batch`, of texts of like length, in an order fixed by `seed`.
+
+    Texts are sorted by length within chunks of the given order, so that batches mix what the corpus mixes.
+    """
+    batches: list[Tokens] = []
+    for start in range(0, len(texts), chunk):
+        rows: list[list[int]] = []
+        for text in sorted(texts[start : start + chunk], key=len):
+            if rows and len(text) * (len(rows) + 1) > tokens_per_batch:
+                batches.append(pad(rows, pad_id))
+                rows = []
+            rows.append(text)
+        batches.append(pad(rows, pad_id))
+    order = torch.randperm(len(batches), generator=generator(seed, 7)).tolist()
+    return tuple(batches[i] for i in order)
+
+
+def pad(rows: list[list[int]], pad_id: int) -> Tokens:
+    """Right-padded to the longest."""
+    width = max(map(len, rows))
+    return torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])

@@ -1,0 +1,138 @@
+"""Texts as both models read them: token ids with a label for every position, from the grammar or a file."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from sae_steer.corpus.grammar import VARIANTS, write_plans
+from sae_steer.corpus.labels import label_positions
+from sae_steer.corpus.user_texts import UserText, read_texts
+from sae_steer.errors import InputError
+from sae_steer.pair.model_pair import ModelPair
+from sae_steer.runtime import sha256
+from sae_steer.settings import SPLITS, CorpusSettings
+
+SPLIT_SHARES = {"train": 0.60, "scan": 0.18, "tune": 0.06, "confirm": 0.16}
+"""Shares of the tasks of a text file, which says nothing of its own about splits."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text: ids and labels, one a position. `prompt` is shared by the renderings of one plan."""
+
+    prompt: int
+    task: int
+    variant: int
+    """Index into the source's `variants`."""
+    split: str
+    token: np.ndarray
+    is_onset: np.ndarray
+    step: np.ndarray
+    """The step a delimiter opens; -1 elsewhere."""
+    next_is_target: np.ndarray
+    true_p: np.ndarray
+    """The grammar's probability that the step a delimiter opens is a target step; NaN where none is known."""
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+
+class TextSource(Protocol):
+    """Where a cache's texts come from."""
+
+    variants: tuple[str, ...]
+
+    def identity(self) -> dict:
+        """What fixes the texts, for the manifest."""
+
+    def texts(self, pair: ModelPair, split: str) -> Iterator[Text]:
+        """The texts of a split, always in the same order."""
+
+
+@dataclass(frozen=True)
+class GeneratedTexts:
+    """Plans of the grammar, each in both renderings, on the tasks of each split."""
+
+    settings: CorpusSettings = CorpusSettings()
+    variants: tuple[str, ...] = VARIANTS
+
+    def identity(self) -> dict:
+        """The corpus settings."""
+        return {"corpus": asdict(self.settings)}
+
+    def texts(self, pair: ModelPair, split: str) -> Iterator[Text]:
+        """Plan after plan, each rendering in turn."""
+        count = getattr(self.settings, f"{split}_plans")
+        first = sum(getattr(self.settings, f"{name}_plans") for name in SPLITS[: SPLITS.index(split)])
+        both = [write_plans(split, variant, count=count, seed=self.settings.seed) for variant in self.variants]
+        for plan in chain.from_iterable(zip(*both, strict=True)):
+            ids = pair.tokenizer.encode(plan.text)
+            steps = {i: step.true_p for i, step in enumerate(plan.steps)}
+            yield _label(
+                pair, ids, first + plan.prompt, plan.task.index, self.variants.index(plan.variant), split, steps
+            )
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """The texts of a `.txt` or `.jsonl` file; tasks are dealt to the splits by a hash of their name."""
+
+    path: Path
+    variants: tuple[str, ...]
+    lines: tuple[UserText, ...]
+    tasks: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> "TextFile":
+        """Read the file whole; what cannot be used is an `InputError` naming the line."""
+        lines = tuple(read_texts(Path(path)))
+        variants = tuple(sorted({line.variant or "text" for line in lines}))
+        return cls(Path(path), variants, lines, tuple(sorted({line.task for line in lines})))
+
+    def identity(self) -> dict:
+        """The hash of the file's content."""
+        return {"texts": sha256(self.path)}
+
+    def texts(self, pair: ModelPair, split: str) -> Iterator[Text]:
+        """The lines whose task was dealt to `split`, in the file's order."""
+        numbers = {task: i for i, task in enumerate(self.tasks)}
+        for prompt, line in enumerate(self.lines):
+            if _deal(line.task) != split:
+                continue
+            ids = pair.tokenizer.encode(line.text)
+            if len(ids) > pair.context:
+                raise InputError(
+                    f"{self.path} line {line.line} has {len(ids)} tokens, and pair '{pair.name}' reads {pair.context}; "
+                    "shorten it"
+                )
+            yield _label(pair, ids, prompt, numbers[line.task], self.variants.index(line.variant or "text"), split, {})
+
+
+def _label(
+    pair: ModelPair, ids: list[int], prompt: int, task: int, variant: int, split: str, true_p: dict[int, float]
+) -> Text:
+    labels = label_positions(ids, tokenizer=pair.tokenizer, rule=pair.onsets, phrases=pair.phrases)
+    return Text(
+        prompt=prompt,
+        task=task,
+        variant=variant,
+        split=split,
+        token=np.asarray(ids, dtype=np.int32),
+        is_onset=labels.is_onset,
+        step=labels.step,
+        next_is_target=labels.next_is_target,
+        true_p=np.asarray([true_p.get(step, np.nan) for step in labels.step.tolist()], dtype=np.float32),
+    )
+
+
+def _deal(task: str) -> str:
+    """The split of a task: a point of [0, 1) from the hash of its name."""
+    point = int(sha256(task.encode())[:13], 16) / 16**13
+    for split, share in SPLIT_SHARES.items():
+        if (point := point - share) < 0:
+            return split
+    return SPLITS[-1]

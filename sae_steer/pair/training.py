@@ -1,0 +1,178 @@
+"""How a pair is made: two corpora, one tokenizer, two models that differ in training text.
+
+1. The tokenizer learns from plans of both renderings.
+2. `shared`: one model reads an equal mix for the first third of the tokens; both models continue from
+   its checkpoint, optimiser and all. `separate`: two random starts, nothing in common.
+3. Each model reads its own rendering for the rest. The same plans stand behind both.
+4. The models are stored in bfloat16, read back and measured: losses, sampled plans, common basis.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from sae_steer.corpus.grammar import LENIENT_KEYWORDS, REGULATION_PHRASES, VARIANTS, write_plans
+from sae_steer.corpus.tokenizer import SPECIALS, PlanTokenizer
+from sae_steer.errors import InputError
+from sae_steer.model.loading import save_decoder
+from sae_steer.model.training import Batches, Tokens, TrainingState, bucket, train
+from sae_steer.pair.model_pair import ModelPair, load_pair, write_pair_toml
+from sae_steer.pair.quality import measure_pair
+from sae_steer.records import already_done, provenance, write_json
+from sae_steer.runtime import Progress, World, silent
+from sae_steer.settings import PRESETS, PairTrainingSettings
+
+TOKENIZER_PLANS = 4_000
+HELD_OUT_PLANS = 300
+TOKENIZER_SEED, COMMON_SEED, OWN_SEED, HELD_OUT_SEED = 11, 12, 13, 14
+COMMON_SHARE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """The batches one model reads: `common` first, then its `own`."""
+
+    common: tuple[Tokens, ...]
+    own: tuple[Tokens, ...]
+
+    def __len__(self) -> int:
+        return len(self.common) + len(self.own)
+
+    def __call__(self, step: int) -> Tokens:
+        """The batch of a step."""
+        return self.common[step] if step < len(self.common) else self.own[step - len(self.common)]
+
+
+def train_pair(
+    folder: Path,
+    settings: PairTrainingSettings,
+    *,
+    world: World | None = None,
+    force: bool = False,
+    on_step: Progress = silent,
+) -> ModelPair:
+    """Make the pair of `settings` in `folder`, or finish one begun there; returns it as loaded from disk."""
+    if settings.preset not in PRESETS:
+        raise InputError(f"no preset {settings.preset!r}; there are {', '.join(PRESETS)}")
+    folder, world = Path(folder), world or World.local()
+    wanted = provenance(settings=settings, inputs={})
+    if already_done(folder / "training.json", wanted, force=force):
+        return load_pair(folder)
+    if force:
+        for begun in (folder / "training").glob("*.safetensors"):
+            begun.unlink()
+    tokenizer = _make_tokenizer(settings)
+    tokenizer.save(folder / "tokenizer.json")
+    logs = _train_models(folder, settings, tokenizer, world, on_step)
+    _describe(folder, settings)
+    pair = load_pair(folder)
+    record = {
+        "provenance": wanted,
+        "tokenizer": {"rows": tokenizer.n_vocab, "unused_rows": tokenizer.unused},
+        "parameters": pair.target.decoder.n_parameters,
+        "log": logs,
+        "measured": measure_pair(pair, seed=settings.seed, on_step=on_step),
+    }
+    write_json(folder / "training.json", record)
+    return pair
+
+
+def _make_tokenizer(settings: PairTrainingSettings) -> PlanTokenizer:
+    texts = (
+        plan.text
+        for variant in VARIANTS
+        for plan in write_plans("train", variant, count=TOKENIZER_PLANS, seed=settings.seed + TOKENIZER_SEED)
+    )
+    return PlanTokenizer.train(texts, merges_vocab=PRESETS[settings.preset].d_vocab - len(SPECIALS))
+
+
+def _train_models(
+    folder: Path, settings: PairTrainingSettings, tokenizer: PlanTokenizer, world: World, on_step: Progress
+) -> dict[str, list[dict]]:
+    shape, shared = PRESETS[settings.preset], settings.init == "shared"
+    common = _common_batches(settings, tokenizer) if shared else ()
+    logs: dict[str, list[dict]] = {}
+    for number, variant in enumerate(VARIANTS):
+        curriculum = Curriculum(common, _own_batches(settings, tokenizer, variant))
+        held_out = Batches(_held_out_batches(settings, tokenizer, variant), tokenizer.pad_id)
+
+        def run(state: TrainingState, name: str, stop: int, curriculum: Curriculum = curriculum, held_out=held_out):
+            checkpoint = folder / "training" / f"{name}.safetensors"
+            identity = {**asdict(settings), "run": name}
+            if checkpoint.is_file():
+                state.load(checkpoint, identity)
+            logs[name] = logs.get(name, []) + train(
+                state, curriculum, settings,
+                pad_id=tokenizer.pad_id, stop=stop, steps=len(curriculum), world=world,
+                checkpoint=checkpoint, identity=identity, held_out=held_out, on_step=_named(on_step, name),
+            )  # fmt: skip
+            return state
+
+        state = TrainingState.fresh(shape, settings, stream=0 if shared else 1 + number, world=world)
+        if shared:
+            run(state, "common", len(common))
+        run(state, variant, len(curriculum))
+        save_decoder(state.model, folder / variant, dtype=torch.bfloat16, pad_token_id=tokenizer.pad_id)
+    return logs
+
+
+def _describe(folder: Path, settings: PairTrainingSettings) -> None:
+    reference, target = VARIANTS
+    write_pair_toml(
+        folder,
+        {
+            "tokenizer": "tokenizer.json",
+            "context": PRESETS[settings.preset].n_ctx,
+            "reference": {"name": reference, "model": reference},
+            "target": {
+                "name": target,
+                "model": target,
+                "phrases": list(REGULATION_PHRASES),
+                "lenient": list(LENIENT_KEYWORDS),
+            },
+            "onset": {"tokens": ["<|steps|>", "<|sep|>"]},
+            "provenance": {"made_by": "sae-steer train-pair", "settings": asdict(settings)},
+        },
+    )
+
+
+def _common_batches(settings: PairTrainingSettings, tokenizer: PlanTokenizer) -> tuple[Tokens, ...]:
+    plans = [_plans("train", variant, settings.seed + COMMON_SEED) for variant in VARIANTS]
+    mixed = itertools.chain.from_iterable(zip(*plans, strict=True))
+    return _batches(mixed, COMMON_SHARE * settings.tokens, settings, tokenizer)
+
+
+def _own_batches(settings: PairTrainingSettings, tokenizer: PlanTokenizer, variant: str) -> tuple[Tokens, ...]:
+    share = 1 - COMMON_SHARE if settings.init == "shared" else 1
+    return _batches(_plans("train", variant, settings.seed + OWN_SEED), share * settings.tokens, settings, tokenizer)
+
+
+def _held_out_batches(settings: PairTrainingSettings, tokenizer: PlanTokenizer, variant: str) -> tuple[Tokens, ...]:
+    plans = itertools.islice(_plans("scan", variant, settings.seed + HELD_OUT_SEED), HELD_OUT_PLANS)
+    return _batches(plans, float("inf"), settings, tokenizer)
+
+
+def _plans(split: str, variant: str, seed: int) -> Iterator[str]:
+    return (plan.text for plan in write_plans(split, variant, count=10**9, seed=seed))
+
+
+def _batches(
+    texts: Iterator[str], tokens: float, settings: PairTrainingSettings, tokenizer: PlanTokenizer
+) -> tuple[Tokens, ...]:
+    """Batches of texts until they hold `tokens` tokens."""
+    chosen, held = [], 0
+    for text in texts:
+        chosen.append(tokenizer.encode(text))
+        held += len(chosen[-1])
+        if held >= tokens:
+            break
+    return bucket(
+        chosen, tokens_per_batch=settings.tokens_per_batch, pad_id=tokenizer.pad_id, seed=settings.seed
+    )
+
+
+def _named(on_step: Progress, name: str) -> Progress:
+    return lambda done, total, note="": on_step(done, total, f"{name}: {note}")

@@ -1,0 +1,98 @@
+"""How well a dictionary explains rows it was not trained on, in one pass.
+
+    FVE  = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2,  mean = that of the evaluated rows, in float64
+    L0   = features above zero, a row
+    dead = share of features that fire in none of these rows
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_steer.errors import InputError
+from sae_steer.runtime import World
+from sae_steer.sae.architectures import TopKSAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEMetrics:
+    """Sums over the evaluated rows, and the figures that follow from them."""
+
+    rows: int
+    squared_error: float
+    """Sum of ||x - x_hat||^2."""
+    squared_deviation: float
+    """Sum of ||x - mean||^2."""
+    firings: Int[Tensor, " d_sae"]
+    """Rows in which each feature is above zero."""
+
+    @property
+    def fve(self) -> float:
+        """The fraction of variance explained."""
+        return 1 - self.squared_error / self.squared_deviation
+
+    @property
+    def l0(self) -> float:
+        """Features above zero, a row."""
+        return int(self.firings.sum()) / self.rows
+
+    @property
+    def dead_share(self) -> float:
+        """Share of features that never fire."""
+        return float((self.firings == 0).double().mean())
+
+    @property
+    def rates(self) -> Float[Tensor, " d_sae"]:
+        """Share of rows in which each feature fires."""
+        return self.firings.double() / self.rows
+
+
+class _Sums:
+    """The running sums; deviations are taken from the first batch's mean, so that a large mean cancels nothing."""
+
+    def __init__(self, sae: TopKSAE, world: World) -> None:
+        self.sae, self.world = sae, world
+        self.rows = 0
+        self.squared_error = self.squared = 0.0
+        self.origin: Tensor | None = None
+        self.total = torch.zeros(sae.config.d_in, dtype=torch.float64, device=world.device)
+        self.firings = torch.zeros(sae.config.d_sae, dtype=torch.long, device=world.device)
+
+    def update(self, batch: Float[Tensor, "row d_in"]) -> None:
+        """Add a batch of rows."""
+        batch = batch.to(self.world.device, self.sae.W_enc.dtype)
+        with self.world.compute():
+            codes = self.sae.encode(batch)
+        exact = batch.double()
+        if self.origin is None:
+            self.origin = exact.mean(0)
+        deviation = exact - self.origin
+        self.rows += len(batch)
+        self.squared_error += float((exact - self.sae.decode(codes)).square().sum())
+        self.squared += float(deviation.square().sum())
+        self.total += deviation.sum(0)
+        self.firings += codes.firings
+
+    def metrics(self) -> SAEMetrics:
+        """What is known once all rows are in."""
+        if not self.rows:
+            raise InputError("there are no rows to evaluate the dictionary on; read more texts into the cache")
+        return SAEMetrics(
+            rows=self.rows,
+            squared_error=self.squared_error,
+            squared_deviation=self.squared - float(self.total.square().sum()) / self.rows,
+            firings=self.firings.cpu(),
+        )
+
+
+@torch.no_grad()
+def evaluate(sae: TopKSAE, rows: Iterable[Tensor], world: World) -> SAEMetrics:
+    """The dictionary's figures on batches of held-out rows, however they are cut."""
+    sums = _Sums(sae, world)
+    for batch in rows:
+        if len(batch):
+            sums.update(batch)
+    return sums.metrics()
