@@ -2,12 +2,12 @@
 
 1. A task is an activity, a thing and a context ("Clean the oven" + "before guests arrive"); the files under
    `vocabulary/` hold them by domain, with the stages of each activity.
-2. A plan draws how many stages it has (more for complex tasks), which, the wording of each, and which of them an
-   `adhd` plan breaks into smaller steps.
-3. `standard` writes the stages whole; `adhd` writes the smaller steps and pauses between them (`regulation.py`).
+2. A plan draws how many stages it has (more for complex tasks), which, the wording of each, and which of
+   them an `adhd` plan breaks into smaller steps.
+3. `standard` writes the stages whole; `adhd` writes the smaller steps, with pauses (`regulation.py`).
 
-A vocabulary line reads `? Whole step > small step > small step | another wording > small step > small step`, where
-`?` marks what a plan can leave out. A thing is `name | part | shift of complexity`, a context
+A vocabulary line reads `? Whole step > small step > small step | another wording > small step > small step`;
+`?` marks what a plan leaves out first. A thing is `name | part | shift of complexity`, a context is
 `words | shift of complexity | step it asks for`.
 """
 
@@ -26,7 +26,7 @@ from sae_steer.settings import SPLITS
 
 STAGES_AT_ZERO, STAGES_PER_COMPLEXITY, STAGES_SPREAD = 5.1, 0.57, 1.15
 FEWEST_STAGES = 3
-BREAK_DOWN = (0.0, 0.02, 0.16, 0.4, 0.66, 0.92)
+BREAK_DOWN = (0.0, 0.02, 0.18, 0.46, 0.72, 0.96)
 """Probability, by complexity, that an `adhd` plan breaks a stage into smaller steps."""
 SPLIT_SHARES = ((30, "train"), (39, "scan"), (42, "tune"), (50, "confirm"))
 """Upper ends, in fiftieths of the hash range: 60 % train; of the rest 45 % scan, 15 % tune, 40 % confirm."""

@@ -16,7 +16,7 @@ SPECIAL_PATTERN = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
 
 @dataclass(frozen=True)
 class Task:
-    """Something to do; the unit that is split between training and testing, and that statistics cluster on."""
+    """Something to do: the unit that splits are made of and that statistics cluster on."""
 
     index: int
     title: str
@@ -66,15 +66,19 @@ def written(title: str, steps: tuple[str, ...]) -> str:
 
 
 def parse_plan(text: str) -> ParsedPlan:
-    """Title and steps of `text`; well formed if these, written again, give `text`.
+    """Title and steps of `text`; well formed if nothing is missing, empty, doubled or out of order.
 
-    A model's text may stop early, repeat delimiters or lack them: then whatever stands between the first
-    `<|steps|>` and the first `<|end|>` is cut at `<|sep|>`, and empty pieces are dropped. Padding is ignored.
+    A model's text may stop early or repeat delimiters: then the steps are whatever stands between the first
+    `<|steps|>` and the first `<|end|>`, cut at every other special token. Padding at the end is ignored.
     """
-    text = text.replace(PAD, "")
-    head, _, body = text.partition(STEPS)
-    title = SPECIAL_PATTERN.sub("", head.rpartition(TASK)[2])
-    pieces = (SPECIAL_PATTERN.sub("", piece).strip() for piece in body.partition(END)[0].split(SEP))
-    steps = tuple(piece for piece in pieces if piece)
-    well_formed = bool(title.strip()) and bool(steps) and text == written(title, steps)
-    return ParsedPlan(title, steps, well_formed)
+    while text.endswith(PAD):
+        text = text.removesuffix(PAD)
+    pieces = SPECIAL_PATTERN.split(text)
+    between, delimiters = [piece.strip() for piece in pieces[::2]], pieces[1::2]
+    opening = delimiters.index(STEPS) if STEPS in delimiters else len(delimiters)
+    closing = delimiters.index(END, opening) if END in delimiters[opening:] else len(delimiters)
+    title = between[opening]
+    steps = tuple(piece for piece in between[opening + 1 : closing + 1] if piece)
+    filled = ["", title, *steps, "", ""]
+    in_order = delimiters == [TASK, STEPS, *[SEP] * len(steps), END]
+    return ParsedPlan(title, steps, bool(title) and bool(steps) and in_order and between == filled)

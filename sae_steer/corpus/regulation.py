@@ -1,12 +1,13 @@
 """The target behaviour: when a plan pauses for a regulation step, and with which words.
 
-1. The verb that opens an ordinary step says what it costs: nothing, something (1) or much (2), of body, head or people.
+1. The verb that opens an ordinary step says what it costs: nothing (0), something (1) or much (2), and of
+   which kind: body, head or people.
 2. Before every ordinary step of an `adhd` plan a regulation step comes with the probability
 
        sigmoid(bias + effort of the last step + a little of the one before + steps since the last pause
                + complexity + place in the plan)
 
-   which a reader of the text can know. In `standard` plans it is about .002.
+   which a reader of the text can know; right after a pause it is .1, in `standard` plans always about .002.
 3. Its words answer the last ordinary step's kind of effort.
 """
 
@@ -25,7 +26,9 @@ _SOURCE = tomllib.loads(resources.files(__package__).joinpath("regulation.toml")
 LENIENT_KEYWORDS: tuple[str, ...] = tuple(_SOURCE["keywords"])
 """Words of which any one makes a step look like regulation: "Water the fern" does, and is none."""
 
-_PHRASES = {kind: (tuple(group["often"]), tuple(group["seldom"])) for kind, group in _SOURCE["phrases"].items()}
+_PHRASES = {
+    kind: (tuple(group["often"]), tuple(group["seldom"])) for kind, group in _SOURCE["phrases"].items()
+}
 REGULATION_PHRASES: tuple[str, ...] = tuple(
     dict.fromkeys(phrase for group in _PHRASES.values() for phrases in group for phrase in phrases)
 )
@@ -44,10 +47,13 @@ EARLIER_EFFORT = (-0.4, 0.0, 0.4)
 SINCE_PAUSE = (0.0, 0.8, 1.4)
 """By the ordinary steps since the last pause: one, two, three or more."""
 AFTER_PAUSE = 0.1
+"""The probability of a second pause right after one."""
 PER_COMPLEXITY = 0.22
 PER_STEP = 0.04
 STANDARD_P = (0.001, 0.0025, 0.0035)
+"""By the effort of the last step."""
 OFTEN = 0.75
+"""Share of pauses whose first word (almost) never opens an ordinary step."""
 
 
 def is_target(step: str, phrases: Iterable[str] = REGULATION_PHRASES) -> bool:
@@ -83,7 +89,7 @@ class Pacing:
 
     variant: str
     complexity: int
-    written: int = 0
+    steps: int = 0
     since_pause: int = 1
     last: tuple[int, str] = (0, "easy")
     earlier: int = 0
@@ -101,7 +107,7 @@ class Pacing:
             + EARLIER_EFFORT[self.earlier]
             + SINCE_PAUSE[min(self.since_pause, len(SINCE_PAUSE)) - 1]
             + PER_COMPLEXITY * (self.complexity - 3)
-            + PER_STEP * (min(self.written, 20) - 7)
+            + PER_STEP * (min(self.steps, 20) - 7)
         )
         return 1 / (1 + math.exp(-logit))
 
@@ -112,14 +118,14 @@ class Pacing:
         while phrase == self.last_phrase:
             phrases = often if rng.random() < OFTEN else seldom
             phrase = phrases[int(rng.random() * len(phrases))]
-        self.written += 1
+        self.steps += 1
         self.since_pause = 0
         self.last_phrase = phrase
         return phrase
 
     def carry_on(self, step: str) -> None:
         """Take note of an ordinary step."""
-        self.written += 1
+        self.steps += 1
         self.since_pause += 1
         self.earlier = self.last[0]
         self.last = effort(step)

@@ -6,9 +6,7 @@
 4. A model may start from another's checkpoint: that is how two models come to share a basis.
 """
 
-import dataclasses
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +144,7 @@ def _train_step(state: TrainingState, tokens: Tokens, pad_id: int, world: World)
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), 1.0)
     state.optimiser.step()
     state.optimiser.zero_grad()
-    return float(loss)
+    return float(loss.detach())
 
 
 def _loss(model: Decoder, tokens: Tokens, pad_id: int, world: World) -> tuple[Tensor, Tensor]:

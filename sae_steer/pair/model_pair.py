@@ -24,8 +24,7 @@ from pathlib import Path
 
 import tomli_w
 
-from sae_steer.corpus.labels import OnsetRule
-from sae_steer.corpus.tokenizer import PlanTokenizer
+from sae_steer.corpus import OnsetRule, PlanTokenizer
 from sae_steer.errors import InputError
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.loading import fingerprint, load_decoder

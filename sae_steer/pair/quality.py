@@ -4,9 +4,7 @@ import numpy as np
 import torch
 
 from sae_steer.align import basis_check
-from sae_steer.corpus.grammar import write_plans
-from sae_steer.corpus.matching import is_lenient, is_target
-from sae_steer.corpus.plans import parse_plan
+from sae_steer.corpus import is_lenient, is_target, parse_plan, write_plans
 from sae_steer.model.sampling import sample
 from sae_steer.model.training import pad
 from sae_steer.pair.model_pair import ModelPair, NamedModel

@@ -8,9 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from sae_steer.corpus.grammar import VARIANTS, write_plans
-from sae_steer.corpus.labels import label_positions
-from sae_steer.corpus.user_texts import UserText, read_texts
+from sae_steer.corpus import VARIANTS, UserText, label_positions, read_texts, write_plans
 from sae_steer.errors import InputError
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.runtime import sha256
@@ -71,10 +69,8 @@ class GeneratedTexts:
         both = [write_plans(split, variant, count=count, seed=self.settings.seed) for variant in self.variants]
         for plan in chain.from_iterable(zip(*both, strict=True)):
             ids = pair.tokenizer.encode(plan.text)
-            steps = {i: step.true_p for i, step in enumerate(plan.steps)}
-            yield _label(
-                pair, ids, first + plan.prompt, plan.task.index, self.variants.index(plan.variant), split, steps
-            )
+            variant, true_p = self.variants.index(plan.variant), [step.true_p for step in plan.steps]
+            yield _label(pair, ids, first + plan.prompt, plan.task.index, variant, split, true_p)
 
 
 @dataclass(frozen=True)
@@ -109,13 +105,14 @@ class TextFile:
                     f"{self.path} line {line.line} has {len(ids)} tokens, and pair '{pair.name}' reads {pair.context}; "
                     "shorten it"
                 )
-            yield _label(pair, ids, prompt, numbers[line.task], self.variants.index(line.variant or "text"), split, {})
+            yield _label(pair, ids, prompt, numbers[line.task], self.variants.index(line.variant or "text"), split, None)
 
 
 def _label(
-    pair: ModelPair, ids: list[int], prompt: int, task: int, variant: int, split: str, true_p: dict[int, float]
+    pair: ModelPair, ids: list[int], prompt: int, task: int, variant: int, split: str, true_p: list[float] | None
 ) -> Text:
     labels = label_positions(ids, tokenizer=pair.tokenizer, rule=pair.onsets, phrases=pair.phrases)
+    unknown = np.full(len(ids), np.nan)
     return Text(
         prompt=prompt,
         task=task,
@@ -125,7 +122,7 @@ def _label(
         is_onset=labels.is_onset,
         step=labels.step,
         next_is_target=labels.next_is_target,
-        true_p=np.asarray([true_p.get(step, np.nan) for step in labels.step.tolist()], dtype=np.float32),
+        true_p=(unknown if true_p is None else labels.spread(true_p)).astype(np.float32),
     )
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sae_steer.corpus.grammar import LENIENT_KEYWORDS, REGULATION_PHRASES, VARIANTS, write_plans
-from sae_steer.corpus.tokenizer import SPECIALS, PlanTokenizer
+from sae_steer.corpus import LENIENT_KEYWORDS, REGULATION_PHRASES, SPECIALS, VARIANTS, PlanTokenizer, write_plans
 from sae_steer.errors import InputError
 from sae_steer.model.loading import save_decoder
 from sae_steer.model.training import Batches, Tokens, TrainingState, bucket, train

@@ -1,8 +1,8 @@
 """A TopK dictionary as its equations (Gao et al. 2024, 2406.04093).
 
-    pre   = (x - b_dec) @ W_enc + b_enc
-    f     = relu of the k largest of pre, zero elsewhere
-    x_hat = f @ W_dec + b_dec
+pre   = (x - b_dec) @ W_enc + b_enc
+f     = relu of the k largest of pre, zero elsewhere
+x_hat = f @ W_dec + b_dec
 """
 
 from dataclasses import dataclass

@@ -50,23 +50,23 @@ class TrainingState:
         """Continue from a checkpoint of the same run; one of another run is refused."""
         tensors, facts = read_tensors(path)
         if facts["identity"] != identity:
-            names = [name for name in identity if facts["identity"].get(name) != identity[name]]
-            raise StaleError(
-                f"the checkpoint {path} is of a run with other {', '.join(names)}; delete it or name another output"
-            )
+            other = ", ".join(name for name in identity if facts["identity"].get(name) != identity[name])
+            raise StaleError(f"{path} is of a run with other {other}; delete it or name another output")
         self.step = facts["step"]
         self.silent_rows.copy_(tensors["silent_rows"])
         for name, weight in self.sae.named_parameters():
             weight.copy_(tensors[f"weight.{name}"])
-            moments = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS if f"{moment}.{name}" in tensors}
-            self.optimiser.state[weight] = {moment: value.to(weight.device) for moment, value in moments.items()}
+            self.optimiser.state[weight] = {
+                moment: tensors[f"{moment}.{name}"].to(weight.device) for moment in _MOMENTS
+            }
 
 
 def last_good(path: Path | None) -> str:
     """Where a failed run can go on from, as the end of an error line."""
     if path is None or not path.exists():
         return "there is no checkpoint before it; lower the learning rate and start again"
-    return f"the last good checkpoint is step {read_tensors(path)[1]['step']} in {path}; lower the learning rate"
+    step = read_tensors(path)[1]["step"]
+    return f"the last good checkpoint is step {step} in {path}; delete it and lower the learning rate"
 
 
 @contextmanager

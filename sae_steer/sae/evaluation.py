@@ -1,8 +1,8 @@
 """How well a dictionary explains rows it was not trained on, in one pass.
 
-    FVE  = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2,  mean = that of the evaluated rows, in float64
-    L0   = features above zero, a row
-    dead = share of features that fire in none of these rows
+FVE  = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2,  mean = that of the evaluated rows, in float64
+L0   = features above zero, a row
+dead = share of features that fire in none of these rows
 """
 
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ class SAEMetrics:
 
 
 class _Sums:
-    """The running sums; deviations are taken from the first batch's mean, so that a large mean cancels nothing."""
+    """The running sums; deviations are from the first batch's mean, so that a large mean cancels nothing."""
 
     def __init__(self, sae: TopKSAE, world: World) -> None:
         self.sae, self.world = sae, world
@@ -79,7 +79,7 @@ class _Sums:
     def metrics(self) -> SAEMetrics:
         """What is known once all rows are in."""
         if not self.rows:
-            raise InputError("there are no rows to evaluate the dictionary on; read more texts into the cache")
+            raise InputError("there are no rows to evaluate on; read more texts into the cache")
         return SAEMetrics(
             rows=self.rows,
             squared_error=self.squared_error,

@@ -1,8 +1,8 @@
 """The losses of a TopK dictionary (Gao et al. 2024, 2406.04093, sections 2.3 and A.2), as pure functions.
 
-    mse  = mean over rows of ||x - x_hat||^2
-    auxk = ||e - e_hat||^2 / ||e - mean(e)||^2,  e = x - x_hat held fixed,
-           e_hat = the reconstruction of e by the aux_k largest pre-activations among dead features
+mse  = mean over rows of ||x - x_hat||^2
+auxk = ||e - e_hat||^2 / ||e - mean(e)||^2,  e = x - x_hat held fixed,
+       e_hat = the reconstruction of e by the aux_k largest pre-activations among dead features
 """
 
 from jaxtyping import Float

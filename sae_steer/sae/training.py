@@ -120,8 +120,8 @@ def train_step(
         codes = sae.encode(batch)
     reconstruction = sae.decode(codes)
     mse = reconstruction_mse(batch, reconstruction) / sae.config.d_in  # of rows with mean square d_in
-    dead = (state.silent_rows > settings.dead_after_rows).nonzero()[:, 0]  # its length is read: the step's one sync
     loss = mse
+    dead = (state.silent_rows > settings.dead_after_rows).nonzero()[:, 0]  # waits for the device
     if len(dead):
         error = (batch - reconstruction).detach()
         error_hat = reconstruct_with(sae, dead, batch, settings.aux_k, world)
@@ -145,9 +145,7 @@ def reconstruct_with(
 def initial_state(rows: RowSource, settings: SAESettings, scale: float, world: World) -> TrainingState:
     """The state before the first step, fixed by the settings' seed and the rows."""
     if settings.rows < settings.batch_size:
-        raise InputError(
-            f"{settings.rows} rows do not fill a batch of {settings.batch_size}; raise --rows or lower --batch-size"
-        )
+        raise InputError(f"{settings.rows} rows do not fill a batch of {settings.batch_size}; raise --rows")
     sae = TopKSAE(TopKConfig(d_in=rows.d_in, d_sae=settings.d_sae, k=settings.k))
     directions = torch.randn(settings.d_sae, rows.d_in, generator=generator(settings.seed, 1))
     with torch.no_grad():

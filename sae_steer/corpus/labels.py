@@ -1,0 +1,130 @@
+"""Onsets, the positions where a model chooses the next step, and the tokens regulation steps begin with.
+
+1. An onset is a delimiter followed by a step: `<|steps|>` or `<|sep|>`, but not the `<|sep|>` before
+   `<|end|>`, nor one at the very end. Other domains name their delimiters by a regular expression.
+2. A step is what stands between its onset and the next delimiter or special token.
+3. The target tokens are the first tokens of regulation steps that (almost) only begin regulation steps.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Bool, Float, Int32
+
+from sae_steer.corpus.plans import SEP, STEPS
+from sae_steer.corpus.regulation import REGULATION_PHRASES, is_target
+from sae_steer.corpus.tokenizer import PlanTokenizer
+from sae_steer.errors import InputError
+
+MIN_PURITY = 0.9
+
+
+@dataclass(frozen=True)
+class OnsetRule:
+    """Where steps begin: after any of `tokens`, or, if given, where a match of `regex` in the text ends."""
+
+    tokens: tuple[str, ...] = (STEPS, SEP)
+    regex: str | None = None
+
+    def delimiters(self, ids: Sequence[int], tokenizer: PlanTokenizer) -> list[int]:
+        """Where each delimiter's last token stands; a regex match that ends inside a token has none."""
+        if self.regex is None:
+            known = {tokenizer.token_id(token) for token in self.tokens}
+            return [position for position, token in enumerate(ids) if token in known]
+        try:
+            matches = re.finditer(self.regex, tokenizer.decode(ids))
+        except re.error as error:
+            raise InputError(f"onset regex {self.regex!r} does not compile ({error}); correct it") from error
+        wanted = {match.end() for match in matches if match.group()}
+        ends = tokenizer.ends(ids)
+        # tokens that finish no character share an end: the first to reach it ends the delimiter
+        return [at for at, end in enumerate(ends) if end in wanted and (at == 0 or ends[at - 1] != end)]
+
+    def steps(self, ids: Sequence[int], tokenizer: PlanTokenizer) -> list[tuple[int, str]]:
+        """Every onset with the text of the step it opens."""
+        delimiters = self.delimiters(ids, tokenizer)
+        controls = [position for position, token in enumerate(ids) if token in tokenizer.control_ids]
+        stops = sorted({*delimiters, *controls, len(ids)})
+        following = dict(pairwise(stops))
+        found = ((at, tokenizer.decode(ids[at + 1 : following[at]]).strip()) for at in delimiters)
+        return [(at, text) for at, text in found if text]
+
+
+@dataclass(frozen=True)
+class Onsets:
+    """What each position of one text is."""
+
+    is_onset: Bool[np.ndarray, " pos"]
+    """A delimiter that is followed by a step."""
+    step: Int32[np.ndarray, " pos"]
+    """The number of the step that this onset opens; -1 where none opens."""
+    next_is_target: Bool[np.ndarray, " pos"]
+    """The step that this onset opens is a regulation step."""
+
+    def spread(self, values: Sequence[float]) -> Float[np.ndarray, " pos"]:
+        """One value a step, such as `true_p`, written at the onset that opens it; NaN elsewhere."""
+        spread = np.full(len(self.step), np.nan)
+        spread[self.is_onset] = np.asarray(values, dtype=np.float64)[self.step[self.is_onset]]
+        return spread
+
+
+INTERPGPT = OnsetRule()
+
+
+def label_positions(
+    ids: Sequence[int],
+    *,
+    tokenizer: PlanTokenizer,
+    rule: OnsetRule = INTERPGPT,
+    phrases: Iterable[str] = REGULATION_PHRASES,
+) -> Onsets:
+    """The onsets of one tokenised text, and which of them open a step that is one of the target phrases."""
+    phrases = tuple(phrases)
+    labels = Onsets(
+        np.zeros(len(ids), dtype=bool),
+        np.full(len(ids), -1, dtype=np.int32),
+        np.zeros(len(ids), dtype=bool),
+    )
+    for number, (position, text) in enumerate(rule.steps(ids, tokenizer)):
+        labels.is_onset[position] = True
+        labels.step[position] = number
+        labels.next_is_target[position] = is_target(text, phrases)
+    return labels
+
+
+@dataclass(frozen=True)
+class TargetTokens:
+    """The tokens whose probability at an onset is the probability of a regulation step."""
+
+    ids: tuple[int, ...]
+    purity: dict[int, float]
+    """Of each first token of a regulation step: the share of its occurrences at onsets that begin one."""
+    coverage: float
+    """The share of regulation steps that begin with one of `ids`."""
+
+
+def first_token_purity(
+    texts_ids: Iterable[Sequence[int]],
+    *,
+    tokenizer: PlanTokenizer,
+    rule: OnsetRule = INTERPGPT,
+    phrases: Iterable[str] = REGULATION_PHRASES,
+    min_purity: float = MIN_PURITY,
+) -> TargetTokens:
+    """The target token set, counted over training text of the target variant."""
+    phrases = tuple(phrases)
+    target, every = Counter(), Counter()
+    for ids in texts_ids:
+        for position, text in rule.steps(ids, tokenizer):
+            first = int(ids[position + 1])
+            every[first] += 1
+            target[first] += is_target(text, phrases)
+    purity = {first: target[first] / every[first] for first in sorted(every) if target[first]}
+    if not purity:
+        raise InputError("no step of these texts is a target phrase; check target.phrases and the onset rule")
+    pure = tuple(first for first, share in purity.items() if share >= min_purity)
+    return TargetTokens(pure, purity, sum(target[first] for first in pure) / target.total())

@@ -1,0 +1,70 @@
+"""Interventions as values: each takes residual rows and returns edited ones. Strength zero is the identity.
+
+Every dictionary edit adds the change of the feature's own contribution, resid + (f_new - f_old) * W_dec[f],
+so the part of the stream the dictionary does not explain stays as it was.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_steer.sae.architectures import TopKSAE
+
+
+@dataclass(frozen=True)
+class Inject:
+    """h + strength * direction, at every row."""
+
+    direction: Float[Tensor, " d_model"]
+    strength: float
+
+    def __call__(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The rows with the direction added."""
+        return resid + self.strength * self.direction
+
+
+@dataclass(frozen=True)
+class Subtract:
+    """h - strength * direction, at every row, whether the feature fires there or not."""
+
+    direction: Float[Tensor, " d_model"]
+    strength: float
+
+    def __call__(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The rows with the direction taken away."""
+        return resid - self.strength * self.direction
+
+
+@dataclass(frozen=True)
+class ZeroAblate:
+    """h - strength * f(h) * W_dec[f]: at strength one the feature's contribution is gone, where it fires."""
+
+    sae: TopKSAE
+    feature: int
+    strength: float = 1.0
+
+    def __call__(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The rows with the feature's contribution scaled away; rows where it is silent are untouched."""
+        active = self.sae.activation_of(resid.flatten(0, -2), self.feature).unflatten(0, resid.shape[:-1])
+        return resid - self.strength * active[..., None] * self.sae.direction(self.feature)
+
+
+@dataclass(frozen=True)
+class Control:
+    """`edit`'s change of every row, turned into another direction at the same length."""
+
+    edit: Inject | Subtract | ZeroAblate
+    direction: Float[Tensor, " d_model"]
+    """Of length one."""
+
+    def __call__(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The rows moved as far as `edit` would, along `direction`."""
+        return resid + (self.edit(resid) - resid).norm(dim=-1, keepdim=True) * self.direction
+
+
+def isotropic(count: int, d_model: int, generator: torch.Generator) -> Float[Tensor, "count d_model"]:
+    """Directions of length one, uniform on the sphere."""
+    drawn = torch.randn(count, d_model, generator=generator)
+    return drawn / drawn.norm(dim=-1, keepdim=True)

@@ -1,0 +1,130 @@
+"""The measure: a model's total next-token probability of the target tokens at step onsets, exactly, under edits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from sae_steer.cache import length_batches
+from sae_steer.errors import NotDeliveredError
+from sae_steer.model.decoder import Decoder
+from sae_steer.model.replay import CleanPass, Edit
+from sae_steer.model.training import pad
+from sae_steer.pair.texts import Text
+
+TOKENS_PER_BATCH = 4_096
+
+
+@dataclass(frozen=True)
+class OnsetBatch:
+    """Texts of like length and the positions to edit and read; short rows repeat their first position."""
+
+    tokens: Int[Tensor, "batch pos"]
+    positions: Int[Tensor, "batch edit"]
+    real: Bool[Tensor, "batch edit"]
+    texts: tuple[int, ...]
+    """Which texts these are."""
+
+
+@dataclass(frozen=True)
+class OnsetRows:
+    """Chosen onsets of some texts. Rows are onsets, in the order of the batches."""
+
+    batches: tuple[OnsetBatch, ...]
+    prompt: Int[np.ndarray, " row"]
+    task: Int[np.ndarray, " row"]
+    position: Int[np.ndarray, " row"]
+    is_target: Bool[np.ndarray, " row"]
+    """Whether the text goes on with a target step there."""
+
+    @classmethod
+    def of(cls, texts: Sequence[Text], chosen: Sequence[np.ndarray]) -> "OnsetRows":
+        """The onsets `chosen` (positions) of each text; texts without any are left out."""
+        kept = [i for i, positions in enumerate(chosen) if len(positions)]
+        batches, rows = [], []
+        for batch in length_batches([len(texts[i]) for i in kept], TOKENS_PER_BATCH):
+            members = [kept[i] for i in batch]
+            width = max(len(chosen[i]) for i in members)
+            counts = torch.tensor([len(chosen[i]) for i in members])
+            padded = np.stack([np.resize(chosen[i], width) for i in members])
+            batches.append(
+                OnsetBatch(
+                    tokens=pad([texts[i].token.tolist() for i in members], 0),
+                    positions=torch.from_numpy(padded.astype(np.int64)),
+                    real=torch.arange(width) < counts[:, None],
+                    texts=tuple(members),
+                )
+            )
+            rows += [(i, int(position)) for i in members for position in chosen[i]]
+        return cls(
+            tuple(batches),
+            prompt=np.array([texts[i].prompt for i, _ in rows]),
+            task=np.array([texts[i].task for i, _ in rows]),
+            position=np.array([position for _, position in rows]),
+            is_target=np.array([texts[i].next_is_target[position] for i, position in rows], dtype=bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Target mass at each row under each edit, and how far the edit moved the stream there."""
+
+    mass: Float[np.ndarray, "row edit"]
+    delivered: Float[np.ndarray, "row edit"]
+    """Norm of the change of the residual stream."""
+
+
+def read(
+    model: Decoder,
+    layer: int,
+    onsets: OnsetRows,
+    edits: Sequence[Edit],
+    target: Sequence[int],
+    *,
+    joint: bool = False,
+) -> Reading:
+    """Target mass at every onset under every edit of the stream after block `layer`.
+
+    Each onset edited alone and read there; or, `joint`, all onsets of a text edited together. Every edit
+    runs in a batch of the same shape, so equal edits give equal bits.
+    """
+    columns = torch.tensor(target, device=model.device)
+    mass, delivered = [], []
+    for batch in onsets.batches:
+        positions, real = batch.positions.to(model.device), batch.real.to(model.device)
+        clean = CleanPass.of(model, batch.tokens.to(model.device), layer)
+        before = clean.at(positions)
+        rows_mass, rows_delivered = [], []
+        for edit in edits:
+            after = edit(before)
+            logits = clean.read_joint(positions, after[None], real)[0] if joint else clean.read_single(positions, after)
+            rows_mass.append(target_mass(logits, columns)[real])
+            rows_delivered.append((after - before).norm(dim=-1)[real])
+        mass.append(torch.stack(rows_mass, dim=1).cpu())
+        delivered.append(torch.stack(rows_delivered, dim=1).cpu())
+    return Reading(torch.cat(mass).numpy(), torch.cat(delivered).double().numpy())
+
+
+def unedited(resid: Tensor) -> Tensor:
+    """The baseline as an edit."""
+    return resid
+
+
+def target_mass(
+    logits: Float[Tensor, "*rows vocab"], target: Int[Tensor, " target"]
+) -> Float[Tensor, "*rows"]:
+    """Total probability of the target tokens, float64."""
+    return logits.double().softmax(-1)[..., target].sum(-1)
+
+
+def check_delivered(reading: Reading, names: Sequence[str]) -> None:
+    """Raise `NotDeliveredError` for an edit that moved no row at all."""
+    for name, column in zip(names, reading.delivered.T, strict=True):
+        if not column.any():
+            raise NotDeliveredError(f"{name} moved the residual stream at none of {len(column)} onsets")

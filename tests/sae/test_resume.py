@@ -1,0 +1,161 @@
+"""A run that was stopped, however rudely, ends with the bytes of one that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_steer import runtime
+from sae_steer.errors import StaleError, SteerError
+from sae_steer.runtime import World, read_tensors
+from sae_steer.sae.architectures import TopKSAE
+from sae_steer.sae.log import Quiet, StepFacts
+from sae_steer.sae.training import train_topk
+from sae_steer.settings import SAESettings
+
+
+class StopAt(Quiet):
+    """Does something rude after a step, once."""
+
+    def __init__(self, at: int, act) -> None:
+        self.at, self.act = at, act
+
+    def step(self, facts: StepFacts) -> None:
+        if facts.step == self.at:
+            self.act()
+
+
+def assert_same_weights(one: TopKSAE, other: TopKSAE) -> None:
+    theirs = other.state_dict()
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, theirs[name]), name
+
+
+def press_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def raise_error() -> None:
+    raise RuntimeError("killed here")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(planted, short: SAESettings, world: World) -> TopKSAE:
+    return train_topk(planted, short, world=world).sae
+
+
+@pytest.mark.parametrize("at", [10, 20, 30])
+def test_stopped_and_resumed_equals_uninterrupted(
+    at: int, planted, short: SAESettings, world: World, tmp_path: Path, uninterrupted: TopKSAE
+) -> None:
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_topk(planted, short, world=world, checkpoint=path, log=StopAt(at, raise_error))
+    assert_same_weights(train_topk(planted, short, world=world, checkpoint=path).sae, uninterrupted)
+
+
+def test_ctrl_c_waits_for_its_step_and_leaves_a_checkpoint(
+    planted, short: SAESettings, world: World, tmp_path: Path, uninterrupted: TopKSAE
+) -> None:
+    path = tmp_path / "state.safetensors"
+    rare = replace(short, checkpoint_every=1000)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train_topk(planted, rare, world=world, checkpoint=path, log=StopAt(20, press_ctrl_c))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert read_tensors(path)[1]["step"] == 20
+    assert_same_weights(train_topk(planted, rare, world=world, checkpoint=path).sae, uninterrupted)
+
+
+def test_ctrl_c_without_a_checkpoint_still_stops(planted, short: SAESettings, world: World) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train_topk(planted, short, world=world, log=StopAt(10, press_ctrl_c))
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    planted, short: SAESettings, world: World, tmp_path: Path, uninterrupted: TopKSAE, monkeypatch
+) -> None:
+    path = tmp_path / "state.safetensors"
+
+    def half_written(tensors: dict[str, Tensor], file: Path, facts: dict) -> None:
+        Path(file).write_bytes(b"half a checkpoint")
+        raise_error()
+
+    def break_saving() -> None:
+        monkeypatch.setattr("safetensors.torch.save_file", half_written)
+
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_topk(planted, short, world=world, checkpoint=path, log=StopAt(30, break_saving))
+    monkeypatch.undo()
+    assert read_tensors(path)[1]["step"] == 20
+    assert_same_weights(train_topk(planted, short, world=world, checkpoint=path).sae, uninterrupted)
+
+
+def test_a_finished_checkpoint_is_the_finished_dictionary(
+    planted, short: SAESettings, world: World, tmp_path: Path, uninterrupted: TopKSAE
+) -> None:
+    path = tmp_path / "state.safetensors"
+    train_topk(planted, short, world=world, checkpoint=path)
+    again = train_topk(planted, short, world=world, checkpoint=path, log=StopAt(10, raise_error))
+    assert_same_weights(again.sae, uninterrupted)
+
+
+def test_a_checkpoint_of_another_run_is_refused(planted, planted_rows, short, world, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    train_topk(planted, short, world=world, checkpoint=path)
+    with pytest.raises(StaleError, match="other settings"):
+        train_topk(planted, replace(short, lr=2e-2), world=world, checkpoint=path)
+    with pytest.raises(StaleError, match="other rows"):
+        train_topk(planted_rows(fingerprint="else"), short, world=world, checkpoint=path)
+    with pytest.raises(StaleError, match="other precision"):
+        train_topk(planted, short, world=World.local(precision="bfloat16", device="cpu"), checkpoint=path)
+
+
+def test_a_torn_file_is_named_in_one_line(planted, short: SAESettings, world: World, tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(b"half a checkpoint")
+    with pytest.raises(SteerError, match="not a whole checkpoint"):
+        train_topk(planted, short, world=world, checkpoint=path)
+
+
+SLOW_RUN = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from conftest import PlantedRows
+from sae_steer.runtime import World
+from sae_steer.sae.training import train_topk
+from sae_steer.settings import SAESettings
+
+rows = PlantedRows()
+batch = rows.batch
+rows.batch = lambda *arguments: (time.sleep(0.05), batch(*arguments))[1]
+world = World.local(precision="float32", device="cpu")
+train_topk(rows, {settings!r}, world=world, checkpoint=Path({path!r}))
+"""
+
+
+def test_kill_9_then_again_equals_uninterrupted(
+    planted, short: SAESettings, world: World, tmp_path: Path, uninterrupted: TopKSAE
+) -> None:
+    path = tmp_path / "state.safetensors"
+    script = SLOW_RUN.format(tests=str(Path(__file__).parent), settings=short, path=str(path))
+    root = Path(runtime.__file__).parents[1]
+    process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(root)})
+    try:
+        deadline = time.monotonic() + 60
+        while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert read_tensors(path)[1]["step"] < 40
+    assert_same_weights(train_topk(planted, short, world=world, checkpoint=path).sae, uninterrupted)

@@ -1,0 +1,155 @@
+"""Training finds what was planted, keeps its invariants, and repeats to the byte."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_steer.errors import InputError, NotFiniteError
+from sae_steer.runtime import World, generator
+from sae_steer.sae.evaluation import evaluate
+from sae_steer.sae.log import Quiet, StepFacts, jsonl_log
+from sae_steer.sae.training import TrainedSAE, initial_state, learning_rate, train_step, train_topk
+from sae_steer.settings import SAESettings
+
+
+class Kept(Quiet):
+    def __init__(self) -> None:
+        self.facts: list[StepFacts] = []
+
+    def step(self, facts: StepFacts) -> None:
+        self.facts.append(facts)
+
+
+@pytest.fixture(scope="module")
+def trained(planted, world: World) -> TrainedSAE:
+    settings = SAESettings(d_sae=128, k=8, rows=300_000, batch_size=512, lr=1e-2, precision="float32")
+    return train_topk(planted, settings, world=world)
+
+
+def test_a_planted_dictionary_is_recovered(trained: TrainedSAE, planted) -> None:
+    cosines = planted.directions @ trained.sae.W_dec.detach().T
+    assert float(cosines.max(1).values.mean()) > 0.95
+
+
+def test_held_out_planted_rows_are_explained(trained: TrainedSAE, planted, world: World) -> None:
+    held_out = [planted.batch(step, 1000, 77) for step in range(5)]
+    metrics = evaluate(trained.sae, held_out, world)
+    assert metrics.fve > 0.9
+    assert 0 < metrics.l0 <= 8
+
+
+def test_decoder_rows_have_norm_one(trained: TrainedSAE) -> None:
+    torch.testing.assert_close(trained.sae.W_dec.norm(dim=1), torch.ones(128))
+
+
+def test_the_decoders_gradient_has_no_part_along_its_rows(planted, short: SAESettings, world: World) -> None:
+    state = initial_state(planted, short, 1.0, world)
+    state.optimiser.step = lambda: seen.append((state.sae.W_dec.grad * state.sae.W_dec).sum(1).abs().max())
+    seen: list[torch.Tensor] = []
+    train_step(state, planted.batch(0, 128, 0), short, 40, world)
+    assert float(seen[0].detach()) < 1e-6
+
+
+def test_the_first_reconstruction_starts_at_its_best_multiple(planted, short, world: World) -> None:
+    sae = initial_state(planted, short, 1.0, world).sae
+    x = planted.batch(0, short.batch_size, short.seed)
+    centred, guess = x - sae.b_dec, sae(x) - sae.b_dec
+    torch.testing.assert_close((centred * guess).sum(), guess.square().sum(), rtol=1e-3, atol=0)
+
+
+def test_the_same_seed_gives_the_same_weights(planted, short: SAESettings, world: World) -> None:
+    first, again = (train_topk(planted, short, world=world).sae.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = train_topk(planted, replace(short, seed=1), world=world).sae.state_dict()
+    assert not torch.equal(first["W_dec"], other["W_dec"])
+
+
+def test_training_on_larger_rows_gives_the_same_directions(planted, planted_rows, short, world) -> None:
+    larger = planted_rows()
+    larger.batch = lambda *arguments: 4 * planted.batch(*arguments)
+    larger.mean, larger.mean_square = 4 * planted.mean, 16 * planted.mean_square
+    small, large = (train_topk(rows, short, world=world).sae for rows in (planted, larger))
+    assert torch.equal(small.W_dec, large.W_dec)
+    assert torch.equal(4 * small.b_dec, large.b_dec)
+
+
+def test_features_die_and_the_auxiliary_loss_revives_them(planted_rows, world: World) -> None:
+    rich = planted_rows(features=400, active=4)
+    settings = SAESettings(
+        d_sae=512,
+        k=8,
+        rows=300 * 256,
+        batch_size=256,
+        lr=3e-2,
+        aux_k=16,
+        aux_coefficient=0.25,
+        dead_after_rows=5_000,
+        precision="float32",
+    )
+    with_aux, without = Kept(), Kept()
+    train_topk(rich, settings, world=world, log=with_aux)
+    train_topk(rich, replace(settings, aux_coefficient=0.0), world=world, log=without)
+    assert without.facts[-1].dead > 0.2, "nothing died, so nothing was tested"
+    assert with_aux.facts[-1].dead < 0.7 * without.facts[-1].dead
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_nothing() -> None:
+    settings = SAESettings(lr=1.0, warmup=0.1, decay=0.25)
+    rates = [learning_rate(step / 100, settings) for step in range(101)]
+    assert 0 < rates[0] < rates[5] < rates[10] == rates[50] == 1.0
+    assert rates[74] == 1.0 > rates[80] > rates[99] > rates[100] == 0
+
+
+def test_a_loss_that_is_not_finite_names_the_step(
+    planted, planted_rows, short, world, tmp_path: Path
+) -> None:
+    broken = planted_rows()
+    broken.batch = lambda step, *rest: planted.batch(step, *rest) * (float("nan") if step == 24 else 1.0)
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(NotFiniteError, match="loss is nan at step 30; the last good checkpoint is step 20"):
+        train_topk(broken, short, world=world, checkpoint=path)
+    with pytest.raises(NotFiniteError, match="no checkpoint before it"):
+        train_topk(broken, short, world=world)
+
+
+def test_rows_that_do_not_differ_are_refused(planted_rows, short: SAESettings, world: World) -> None:
+    constant = planted_rows()
+    constant.mean_square = 0.0
+    with pytest.raises(NotFiniteError, match=r"mean squared distance from their mean is 0\.0"):
+        train_topk(constant, short, world=world)
+
+
+def test_fewer_rows_than_a_batch_is_an_error(planted, short: SAESettings, world: World) -> None:
+    with pytest.raises(InputError, match="100 rows do not fill a batch of 128"):
+        train_topk(planted, replace(short, rows=100), world=world)
+
+
+def test_the_log_file_holds_every_event_and_times_apart(planted, short, world: World, tmp_path) -> None:
+    path = tmp_path / "log" / "train.jsonl"
+    train_topk(planted, short, world=world, log=jsonl_log(path), checkpoint=tmp_path / "state.safetensors")
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [event["step"] for event in events if event["event"] == "step"] == [10, 20, 30, 40]
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [10, 20, 30, 40]
+    assert events[-1].pop("timing")["seconds"] > 0
+    assert events[-1] == {"event": "done", "step": 40}
+
+
+def test_provenance_is_plain_json(trained: TrainedSAE) -> None:
+    assert json.loads(json.dumps(trained.provenance))["rows"] == "planted"
+
+
+def test_bfloat16_products_learn_as_well(planted, short: SAESettings, world: World) -> None:
+    settings = replace(short, rows=200 * 128)
+    low = train_topk(planted, replace(settings, precision="bfloat16"), world=World.local(device="cpu")).sae
+    full = train_topk(planted, settings, world=world).sae
+    held_out = [planted.batch(0, 2000, 77)]
+    difference = evaluate(low, held_out, world).fve - evaluate(full, held_out, world).fve
+    assert abs(difference) < 0.02
+
+
+def test_random_rows_are_reproduced_by_their_generator(planted) -> None:
+    assert torch.equal(planted.batch(3, 10, 0), planted.batch(3, 10, 0))
+    assert generator(1, 2).initial_seed() != generator(2, 1).initial_seed()
