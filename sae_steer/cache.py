@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -23,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_steer.corpus import TargetTokens, first_token_purity
 from sae_steer.errors import InputError, NotFiniteError, SteerError
 from sae_steer.model.training import pad
 from sae_steer.pair.model_pair import ModelPair, NamedModel
@@ -125,6 +127,21 @@ class ActivationCache:
         """The renderings the texts come in."""
         return tuple(self.manifest["variants"])
 
+    def own_variants(self, model: str) -> tuple[int, ...]:
+        """Numbers of the renderings whose onsets count for `model`: the one of its name, or all if none has it."""
+        own = tuple(number for number, variant in enumerate(self.variants) if variant == model)
+        return own or tuple(range(len(self.variants)))
+
+    def own_texts(self, split: str, model: str) -> list[Text]:
+        """The split's texts in the renderings that count for `model`."""
+        own = self.own_variants(model)
+        return [text for text in self.texts(split) if text.variant in own]
+
+    def target_tokens(self, pair: ModelPair) -> TargetTokens:
+        """The tokens whose probability is measured, counted over the train split in the target's rendering."""
+        texts = (text.token.tolist() for text in self.own_texts("train", pair.target.name))
+        return first_token_purity(texts, tokenizer=pair.tokenizer, rule=pair.onsets, phrases=pair.phrases)
+
     def check_pair(self, pair: ModelPair) -> None:
         """Raise `InputError` unless this cache was written from `pair`."""
         if self.manifest["provenance"]["inputs"]["pair"] != pair.sha256:
@@ -150,29 +167,24 @@ class ActivationCache:
             for part in parts:
                 part.close()
 
-    def texts(self, split: str, variant: str | None = None) -> list[Text]:
-        """The split's texts with their labels, in row order; of one rendering, or of all."""
+    def texts(self, split: str) -> list[Text]:
+        """The split's texts with their labels, in row order."""
         labels = self.labels(split)
         starts = np.flatnonzero(labels["position"] == 0)
-        texts = []
-        for start, stop in zip(starts, [*starts[1:], len(labels["position"])], strict=True):
-            number = int(labels["text_variant"][start])
-            if variant is not None and self.variants[number] != variant:
-                continue
-            texts.append(
-                Text(
-                    prompt=int(labels["prompt"][start]),
-                    task=int(labels["task"][start]),
-                    variant=number,
-                    split=split,
-                    token=labels["token"][start:stop],
-                    is_onset=labels["is_onset"][start:stop].astype(bool),
-                    step=labels["step"][start:stop],
-                    next_is_target=labels["next_is_target"][start:stop].astype(bool),
-                    true_p=labels["true_p"][start:stop],
-                )
+        return [
+            Text(
+                prompt=int(labels["prompt"][start]),
+                task=int(labels["task"][start]),
+                variant=int(labels["text_variant"][start]),
+                split=split,
+                token=labels["token"][start:stop],
+                is_onset=labels["is_onset"][start:stop].astype(bool),
+                step=labels["step"][start:stop],
+                next_is_target=labels["next_is_target"][start:stop].astype(bool),
+                true_p=labels["true_p"][start:stop],
             )
-        return texts
+            for start, stop in pairwise([*starts.tolist(), len(labels["position"])])
+        ]
 
     def rows(self, model: str, layer: int, split: str) -> "ActivationRows":
         """One model's stream after one block, over a split's rows."""

@@ -84,8 +84,8 @@ class SAESettings:
     k: int = 40
     rows: int = 3_000_000
     """Rows read in all; the cache's training split is read as often as that takes."""
-    batch_size: int = 4096
-    lr: float = 1e-3
+    batch_size: int = 2048
+    lr: float = 3e-3
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises linearly."""
     decay: float = 0.25
@@ -95,7 +95,7 @@ class SAESettings:
     aux_coefficient: float = 1 / 32
     dead_after_rows: int = 200_000
     """A feature silent for so many rows counts as dead."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = 200
     """Steps between checkpoints: what a kill can cost."""
     precision: str = "bfloat16"
     """Type of the encoder's matrix product: `float32` or `bfloat16`."""

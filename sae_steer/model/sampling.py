@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -14,27 +15,30 @@ from sae_steer.model.decoder import Decoder, Heads, KVHeads, Storing
 from sae_steer.model.training import pad
 
 
+ROOM = 64
+"""Positions by which buffers of keys and values grow."""
+
+
 @dataclass
 class Growing:
     """Attention of one new token a row to all of that row's tokens so far, whose keys and values are kept."""
 
-    keys: dict[int, Float[Tensor, "batch kv_head pos d_head"]]
-    values: dict[int, Float[Tensor, "batch kv_head pos d_head"]]
+    keys: dict[int, Float[Tensor, "batch kv_head _pos d_head"]]
+    values: dict[int, Float[Tensor, "batch kv_head _pos d_head"]]
     positions: Int[Tensor, " batch"]
+    """Where each row's next token stands."""
 
     def __call__(self, layer: int, q: Heads, k: KVHeads, v: KVHeads) -> Heads:
         """Store the new token at its position, then attend to every position up to it."""
-        rows = torch.arange(len(q), device=q.device)
-        self.keys[layer][rows, :, self.positions] = k[:, :, 0]
-        self.values[layer][rows, :, self.positions] = v[:, :, 0]
-        end = int(self.positions.max()) + 1
+        rows, end = torch.arange(len(q), device=q.device), int(self.positions.max()) + 1
+        for buffers, new in ((self.keys, k), (self.values, v)):
+            if end > buffers[layer].shape[2]:
+                buffers[layer] = F.pad(buffers[layer], (0, 0, 0, ROOM))
+            buffers[layer][rows, :, self.positions] = new[:, :, 0]
         seen = torch.arange(end, device=q.device) <= self.positions[:, None, None, None]
-        return torch.nn.functional.scaled_dot_product_attention(
-            q,
-            self.keys[layer][:, :, :end],
-            self.values[layer][:, :, :end],
-            attn_mask=seen,
-            enable_gqa=k.shape[1] != q.shape[1],
+        keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=seen, enable_gqa=k.shape[1] != q.shape[1]
         )
 
     def keep(self, rows: Int[Tensor, " kept"]) -> "Growing":
@@ -61,38 +65,28 @@ def sample(
     Returns the continuations, `end_id` included where it was reached. Edits in force (`replay.edited`) apply.
     """
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    tokens = pad([list(prompt) for prompt in prompts], 0).to(model.device)
-    logits, cache = _prefill(model, tokens, lengths, max_tokens)
+    stored = Storing()
+    resid = model.run(model.embed(pad([list(prompt) for prompt in prompts], 0).to(model.device)), attend=stored)
+    logits = model.unembed(resid[torch.arange(len(prompts), device=model.device), lengths - 1])
+    cache = Growing(stored.keys, stored.values, lengths)
     texts: list[list[int]] = [[] for _ in prompts]
-    alive = torch.arange(len(prompts), device=model.device)
+    rows = torch.arange(len(prompts), device=model.device)  # the prompt of each row still in the batch
+    going = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
     while True:
-        noise = torch.rand(len(prompts), generator=generator).to(model.device)[alive]
+        noise = torch.rand(len(prompts), generator=generator).to(model.device)[rows]
         drawn = _draw(logits / temperature, noise)
-        for row, token in zip(alive.tolist(), drawn.tolist(), strict=True):
-            texts[row].append(token)
-        going = ((drawn != end_id) & (cache.positions + 1 < max_tokens)).nonzero()[:, 0]
-        if not len(going):
+        for row, token, goes in zip(rows.tolist(), drawn.tolist(), going.tolist(), strict=True):
+            if goes:
+                texts[row].append(token)
+        going &= (drawn != end_id) & (cache.positions + 1 < max_tokens)
+        if not going.any():
             return texts
-        if len(going) < len(alive):
-            alive, drawn, cache = alive[going], drawn[going], cache.keep(going)
+        if going.sum() <= 0.75 * len(rows):  # copying keys and values at every ending would cost more than it saves
+            kept = going.nonzero()[:, 0]
+            rows, drawn, going, cache = rows[kept], drawn[kept], going[kept], cache.keep(kept)
         resid = model.run(model.embed(drawn[:, None]), attend=cache, positions=cache.positions[:, None])
         logits = model.unembed(resid[:, 0])
-        cache.positions = cache.positions + 1
-
-
-def _prefill(model: Decoder, tokens: Int[Tensor, "batch pos"], lengths: Int[Tensor, " batch"], room: int):
-    """The next-token logits of each prompt, and its keys and values in buffers of `room` positions."""
-    stored = Storing()
-    resid = model.run(model.embed(tokens), attend=stored)
-    last = resid[torch.arange(len(tokens), device=model.device), lengths - 1]
-
-    def roomy(found: dict[int, Tensor]) -> dict[int, Tensor]:
-        return {
-            layer: torch.nn.functional.pad(tensor, (0, 0, 0, max(0, room - tensor.shape[2])))
-            for layer, tensor in found.items()
-        }
-
-    return model.unembed(last), Growing(roomy(stored.keys), roomy(stored.values), lengths)
+        cache.positions = cache.positions + going.long()
 
 
 def _draw(logits: Float[Tensor, "batch vocab"], noise: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:

@@ -27,7 +27,7 @@ def measure_pair(pair: ModelPair, *, seed: int = 0, on_step: Progress = silent) 
 def generation_statistics(pair: ModelPair, model: NamedModel, *, count: int = GENERATIONS, seed: int = 0) -> dict:
     """Shares of sampled plans on held-out tasks, beside those of the corpus's plans of the same tasks."""
     corpus = list(write_plans("confirm", model.name, count=count, seed=seed))
-    texts = sample_plans(pair, model, [plan.task.title for plan in corpus], seed=seed)
+    texts = sample_plans(pair, model, [plan.task.title for plan in corpus], seeds=(seed,))
     return {
         "sampled": plan_statistics(texts, pair),
         "corpus": plan_statistics([plan.text for plan in corpus], pair),
@@ -35,7 +35,7 @@ def generation_statistics(pair: ModelPair, model: NamedModel, *, count: int = GE
 
 
 def sample_plans(
-    pair: ModelPair, model: NamedModel, titles: list[str], *, temperature: float = 1.0, seed: int = 0
+    pair: ModelPair, model: NamedModel, titles: list[str], *, temperature: float = 1.0, seeds: tuple[int, ...] = (0,)
 ) -> list[str]:
     """One sampled plan a title, as text, its title included. Edits in force apply."""
     prompts = [pair.tokenizer.encode_prompt(title) for title in titles]
@@ -45,7 +45,7 @@ def sample_plans(
         end_id=pair.tokenizer.token_id("<|end|>"),
         max_tokens=pair.context,
         temperature=temperature,
-        generator=generator(seed, 21),
+        generator=generator(*seeds, 21),
     )
     return [pair.tokenizer.decode(prompt + more) for prompt, more in zip(prompts, continued, strict=True)]
 

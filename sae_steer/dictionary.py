@@ -1,0 +1,125 @@
+"""A dictionary of one model's stream: learned from a cache, stored where the next command looks, checked on return."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sae_steer.cache import ActivationCache, site
+from sae_steer.errors import InputError
+from sae_steer.records import already_done, provenance, read_json, write_json
+from sae_steer.runtime import World, sha256
+from sae_steer.sae.architectures import TopKSAE
+from sae_steer.sae.evaluation import evaluate
+from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
+from sae_steer.sae.saelens import CONFIG_FILE, WEIGHTS_FILE, load_sae, save_sae
+from sae_steer.sae.training import train_topk
+from sae_steer.settings import SAESettings
+
+RECORD_FILE = "training.json"
+
+
+@dataclass(frozen=True)
+class Dictionary:
+    """A sparse autoencoder and the stream it was learned from."""
+
+    sae: TopKSAE
+    model: str
+    layer: int
+    record: dict
+    """Its figures on training and held-out rows, and its provenance."""
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """As folders and the released study call it."""
+        return f"{self.model}_L{self.layer}_hook_resid_post"
+
+
+def default_name(model: str, layer: int, settings: SAESettings) -> str:
+    """The folder of a dictionary: the released study's name, and what differs from the default settings."""
+    usual = SAESettings()
+    parts = [
+        f"{letter}{getattr(settings, knob)}"
+        for letter, knob in (("k", "k"), ("d", "d_sae"), ("s", "seed"))
+        if getattr(settings, knob) != getattr(usual, knob)
+    ]
+    return "_".join([f"{model}_L{layer}_hook_resid_post", *parts])
+
+
+def train_sae(
+    cache: ActivationCache,
+    *,
+    model: str,
+    layer: int,
+    out: Path,
+    settings: SAESettings | None = None,
+    force: bool = False,
+    log: Log | None = None,
+) -> Dictionary:
+    """Learn a dictionary of `model`'s stream after block `layer`, or finish one begun in `out`.
+
+    `out` becomes a SAELens folder; `training.json` and the training state lie beside its two files.
+    """
+    settings, out = settings or SAESettings(), Path(out)
+    rows = cache.rows(model, layer, "train")
+    wanted = provenance(settings=settings, inputs={"rows": rows.fingerprint, "model": model, "layer": str(layer)})
+    if already_done(out / RECORD_FILE, wanted, force=force):
+        return load_dictionary(out)
+    world = World.local(precision=settings.precision)
+    state = out / "training" / "state.safetensors"
+    if force:
+        state.unlink(missing_ok=True)
+    trained = train_topk(
+        rows, settings, world=world, log=Together(jsonl_log(out / "training" / "log.jsonl"), log or Quiet()), checkpoint=state
+    )
+    exact = World.local(precision="float32")
+    held_out = evaluate(trained.sae.to(exact.device), cache.rows(model, layer, "scan").in_order(), exact)
+    seen = evaluate(trained.sae, cache.rows(model, layer, "train").in_order(), exact)
+    record = {
+        "provenance": wanted,
+        "model": model,
+        "layer": layer,
+        "hook": site(layer),
+        "model_sha256": cache.manifest["models"][model]["sha256"],
+        "final_fve": held_out.fve,
+        "final_l0": held_out.l0,
+        "dead_pct_train": 100 * seen.dead_share,
+        "dead_pct_heldout": 100 * held_out.dead_share,
+        "heldout_rows": held_out.rows,
+        "train_rows": seen.rows,
+        "steps": trained.steps,
+    }
+    save_sae(trained.sae, out, metadata={**record, "settings": asdict(settings)})
+    write_json(out / RECORD_FILE, record)
+    return load_dictionary(out)
+
+
+def load_dictionary(folder: Path) -> Dictionary:
+    """The dictionary in a folder `train_sae` wrote, its weights in float32."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no dictionary in {folder}; run `sae-steer train-sae` first, or name one with --sae")
+    sae = load_sae(folder).requires_grad_(False)
+    known = read_json(folder / CONFIG_FILE)["metadata"].get("sae_steer")
+    if not known:
+        raise InputError(f"{folder} does not say which model and layer it was trained on; train one with `sae-steer train-sae`")
+    return Dictionary(sae, known["model"], known["layer"], known, sha256(folder / WEIGHTS_FILE))
+
+
+def check_fits(dictionary: Dictionary, cache: ActivationCache) -> None:
+    """Raise `InputError` unless the dictionary was trained on one of this cache's models, on a layer it holds."""
+    models = cache.manifest["models"]
+    if dictionary.model not in models:
+        raise InputError(
+            f"the dictionary {dictionary.name} is of model '{dictionary.model}', and this cache holds {' and '.join(models)}; "
+            "train one on this cache"
+        )
+    width = models[dictionary.model]["d_model"]
+    if dictionary.sae.config.d_in != width:
+        raise InputError(
+            f"the dictionary {dictionary.name} reads {dictionary.sae.config.d_in} dimensions and model "
+            f"'{dictionary.model}' has {width}; train one on this cache"
+        )
+    if dictionary.record["model_sha256"] != models[dictionary.model]["sha256"]:
+        raise InputError(
+            f"the dictionary {dictionary.name} was trained on another model called '{dictionary.model}'; train one on this cache"
+        )
