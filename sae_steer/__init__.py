@@ -1,0 +1,64 @@
+"""Two trained language models that differ in training, and a causal verdict about a feature.
+
+    import sae_steer as ss
+
+    pair = ss.load_pair("small")
+    cache = ss.cache_activations(pair, layers=[2], out="activations/small")
+    sae = ss.train_sae(cache, model="adhd", layer=2)
+    scan = ss.scan_features(cache, sae)
+    study = ss.intervene(pair, sae, feature=scan.top(1)[0], cache=cache)
+    print(study.table())
+
+Names are imported on first use, so that `import sae_steer` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "ActivationCache": "cache",
+    "CacheSettings": "settings",
+    "CorpusSettings": "settings",
+    "Dictionary": "dictionary",
+    "FeatureScan": "scan",
+    "GeneratedTexts": "pair.texts",
+    "Inject": "interventions.edits",
+    "InterveneSettings": "settings",
+    "LayersSettings": "settings",
+    "ModelPair": "pair.model_pair",
+    "PairTrainingSettings": "settings",
+    "SAESettings": "settings",
+    "ScanSettings": "settings",
+    "SteerError": "errors",
+    "Study": "interventions.study",
+    "Subtract": "interventions.edits",
+    "TextFile": "pair.texts",
+    "TopKSAE": "sae.architectures",
+    "ZeroAblate": "interventions.edits",
+    "cache_activations": "cache",
+    "edited": "model.replay",
+    "intervene": "interventions.study",
+    "layer_probability": "findings.layer_probability",
+    "load_dictionary": "dictionary",
+    "load_pair": "pair.model_pair",
+    "load_sae": "sae.saelens",
+    "sample_plans": "pair.quality",
+    "save_sae": "sae.saelens",
+    "scan_features": "scan",
+    "to_hooked_transformer": "model.lens",
+    "train_pair": "pair.training",
+    "train_sae": "dictionary",
+    "write_report": "report.page",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sae_steer' has no attribute {name!r}")
+    return getattr(import_module(f"sae_steer.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

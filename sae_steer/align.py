@@ -59,9 +59,7 @@ def identity_r2(x: Float[np.ndarray, "row d_x"], y: Float[np.ndarray, "row d_y"]
     return _r2(x.astype(np.float64), y)
 
 
-def fit_affine(
-    x: Float[np.ndarray, "row d_x"], y: Float[np.ndarray, "row d_y"], *, ridge: float
-) -> AffineMap:
+def fit_affine(x: Float[np.ndarray, "row d_x"], y: Float[np.ndarray, "row d_y"], *, ridge: float) -> AffineMap:
     """Ridge regression of y on x with a free bias.
 
     Args:
@@ -86,9 +84,7 @@ def choose_ridge(x: Float[np.ndarray, "row d_x"], y: Float[np.ndarray, "row d_y"
     """The one of `RIDGES` whose map, fitted on the first rows, predicts the last ones best."""
     split = round(len(x) * (1 - CHOOSING_SHARE))
     assert 1 < split < len(x) - 1, f"{len(x)} rows are too few to split"
-    return max(
-        RIDGES, key=lambda ridge: fit_affine(x[:split], y[:split], ridge=ridge).r2(x[split:], y[split:])
-    )
+    return max(RIDGES, key=lambda ridge: fit_affine(x[:split], y[:split], ridge=ridge).r2(x[split:], y[split:]))
 
 
 def basis_check(

@@ -11,9 +11,9 @@ One row = one token position, the same in both models. The only importer of h5py
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -31,7 +31,7 @@ from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import GeneratedTexts, Text, TextSource
 from sae_steer.records import already_done, provenance, read_json, write_json
 from sae_steer.runtime import Progress, World, generator, replacing, sha256, silent
-from sae_steer.settings import SPLITS, CacheSettings
+from sae_steer.settings import DEFAULT_LAYER, SPLITS, CacheSettings
 
 FORMAT = 1
 DTYPES = ("float16", "float32")
@@ -58,22 +58,28 @@ def site(layer: int) -> str:
 def cache_activations(
     pair: ModelPair,
     *,
-    out: Path,
+    out: Path | str,
+    layers: Sequence[int] = (DEFAULT_LAYER,),
     settings: CacheSettings | None = None,
     source: TextSource | None = None,
     force: bool = False,
     on_rows: Progress = silent,
 ) -> "ActivationCache":
-    """Store both models' streams over the texts of `source` in `out`; resumes, and reuses what is whole."""
+    """Store both models' streams after the blocks `layers` over the texts of `source` in `out`.
+
+    A cache begun there is resumed, and one that is whole reused; one made otherwise is a `StaleError`.
+    """
     settings, source, out = settings or CacheSettings(), source or GeneratedTexts(), Path(out)
-    _check(pair, settings)
+    layers = tuple(sorted(set(layers)))
+    _check(pair, layers, settings)
     manifest_path = out / "manifest.json"
     wanted = provenance(
-        settings=settings, inputs={"pair": pair.sha256, "texts": json.dumps(source.identity(), sort_keys=True)}
+        settings={**asdict(settings), "layers": layers},
+        inputs={"pair": pair.sha256, "texts": json.dumps(source.identity(), sort_keys=True)},
     )
     with _only_writer(out):
         begun = already_done(manifest_path, wanted, force=force)
-        manifest = read_json(manifest_path) if begun else _new_manifest(pair, settings, source, wanted)
+        manifest = read_json(manifest_path) if begun else _new_manifest(pair, layers, settings, source, wanted)
         if manifest["complete"]:
             return ActivationCache.open(out)
         plan = list(_deal(pair, source, settings.rows_per_shard))
@@ -81,7 +87,7 @@ def cache_activations(
         done, total = 0, sum(len(text) for _, texts in plan for text in texts)
         for number, (split, texts) in enumerate(plan):
             if number == len(manifest["shards"]):
-                shard = _write_shard(out / f"shard-{number:05d}.h5", pair, settings, split, texts)
+                shard = _write_shard(out / f"shard-{number:05d}.h5", pair, layers, settings, split, texts)
                 manifest["shards"].append(shard)
                 write_json(manifest_path, manifest)
             done += sum(map(len, texts))
@@ -198,9 +204,7 @@ class ActivationCache:
             with self._open(shard) as file:
                 stored = file[dataset]
                 maps.append(
-                    np.memmap(
-                        file.filename, stored.dtype, mode="r", offset=stored.id.get_offset(), shape=stored.shape
-                    )
+                    np.memmap(file.filename, stored.dtype, mode="r", offset=stored.id.get_offset(), shape=stored.shape)
                 )
                 sums = sums + file[f"moments/{dataset}"][0]
                 squares = squares + file[f"moments/{dataset}"][1]
@@ -297,16 +301,18 @@ class ActivationRows:
         return self._orders[seed, epoch]
 
 
-def _check(pair: ModelPair, settings: CacheSettings) -> None:
+def _check(pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings) -> None:
     if settings.dtype not in DTYPES:
         raise InputError(f"cannot store activations as {settings.dtype!r}; choose {' or '.join(DTYPES)}")
-    if not settings.layers:
+    if not layers:
         raise InputError("no layer to cache; name one with --layer")
-    for layer in settings.layers:
+    for layer in layers:
         pair.check_layer(layer)
 
 
-def _new_manifest(pair: ModelPair, settings: CacheSettings, source: TextSource, wanted: dict) -> dict:
+def _new_manifest(
+    pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings, source: TextSource, wanted: dict
+) -> dict:
     return {
         "format": FORMAT,
         "pair": pair.name,
@@ -314,7 +320,7 @@ def _new_manifest(pair: ModelPair, settings: CacheSettings, source: TextSource, 
             model.name: {"sha256": model.sha256, "d_model": model.decoder.shape.d_model} for model in pair.models
         },
         "tokenizer": pair.tokenizer.sha256,
-        "layers": list(settings.layers),
+        "layers": list(layers),
         "dtype": settings.dtype,
         "variants": list(source.variants),
         "provenance": wanted,
@@ -345,14 +351,16 @@ def _check_plan(plan: list[tuple[str, list[Text]]]) -> None:
         raise InputError("no text has an onset; the pair's [onset] tokens or regex match nothing in these texts")
 
 
-def _write_shard(path: Path, pair: ModelPair, settings: CacheSettings, split: str, texts: list[Text]) -> dict:
+def _write_shard(
+    path: Path, pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings, split: str, texts: list[Text]
+) -> dict:
     """Run both models over `texts`, write the shard, and return its line of the manifest."""
     rows = sum(map(len, texts))
     with replacing(path) as scratch, h5py.File(scratch, "w") as file:
         for name, column in _label_columns(texts).items():
             file.create_dataset(name, data=column.astype(LABELS[name]))
         for model in pair.models:
-            for layer, resid in _streams(model, texts, settings).items():
+            for layer, resid in _streams(model, layers, texts, settings).items():
                 dataset = f"{model.name}/{site(layer)}"
                 stored = resid.astype(settings.dtype)
                 _check_finite(stored, texts, model.name, layer, settings.dtype)
@@ -386,17 +394,17 @@ def _label_columns(texts: list[Text]) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def _streams(model: NamedModel, texts: list[Text], settings: CacheSettings) -> dict[int, np.ndarray]:
+def _streams(
+    model: NamedModel, layers: tuple[int, ...], texts: list[Text], settings: CacheSettings
+) -> dict[int, np.ndarray]:
     """{layer: [row, d_model] float32} over the texts' rows, in order."""
     world = World.local(precision=settings.precision, device=str(model.decoder.device))
     starts = np.cumsum([0, *(len(text) for text in texts)])
-    streams = {
-        layer: np.empty((starts[-1], model.decoder.shape.d_model), dtype=np.float32) for layer in settings.layers
-    }
+    streams = {layer: np.empty((starts[-1], model.decoder.shape.d_model), dtype=np.float32) for layer in layers}
     for batch in length_batches([len(text) for text in texts], settings.tokens_per_batch):
         tokens = pad([texts[i].token.tolist() for i in batch], 0).to(world.device)
         with world.compute():
-            found = model.decoder.resid_posts(tokens, settings.layers)
+            found = model.decoder.resid_posts(tokens, layers)
         for layer, resid in found.items():
             values = resid.float().cpu().numpy()
             for row, i in enumerate(batch):
@@ -441,7 +449,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise SteerError(f"another process is writing the cache in {folder}; wait for it, or use another --out") from error
+            raise SteerError(
+                f"another process is writing the cache in {folder}; wait for it, or use another --out"
+            ) from error
         yield
-
-

@@ -34,8 +34,8 @@ class Dictionary:
         return f"{self.model}_L{self.layer}_hook_resid_post"
 
 
-def default_name(model: str, layer: int, settings: SAESettings) -> str:
-    """The folder of a dictionary: the released study's name, and what differs from the default settings."""
+def default_folder(model: str, layer: int, settings: SAESettings) -> str:
+    """What a dictionary's folder is called: the released study's name, and what differs from the default settings."""
     usual = SAESettings()
     parts = [
         f"{letter}{getattr(settings, knob)}"
@@ -50,30 +50,29 @@ def train_sae(
     *,
     model: str,
     layer: int,
-    out: Path,
+    out: Path | str | None = None,
     settings: SAESettings | None = None,
     force: bool = False,
     log: Log | None = None,
 ) -> Dictionary:
     """Learn a dictionary of `model`'s stream after block `layer`, or finish one begun in `out`.
 
-    `out` becomes a SAELens folder; `training.json` and the training state lie beside its two files.
+    `out` (default: where the command line looks) becomes a SAELens folder with its `training.json` beside.
     """
-    settings, out = settings or SAESettings(), Path(out)
+    settings = settings or SAESettings()
+    out = Path(out or Path("runs", cache.manifest["pair"], "saes", default_folder(model, layer, settings)))
     rows = cache.rows(model, layer, "train")
     wanted = provenance(settings=settings, inputs={"rows": rows.fingerprint, "model": model, "layer": str(layer)})
     if already_done(out / RECORD_FILE, wanted, force=force):
         return load_dictionary(out)
-    world = World.local(precision=settings.precision)
-    state = out / "training" / "state.safetensors"
+    world, state = World.local(precision=settings.precision), out / "training" / "state.safetensors"
     if force:
         state.unlink(missing_ok=True)
-    trained = train_topk(
-        rows, settings, world=world, log=Together(jsonl_log(out / "training" / "log.jsonl"), log or Quiet()), checkpoint=state
-    )
+    logs = Together(jsonl_log(out / "training" / "log.jsonl"), log or Quiet())
+    trained = train_topk(rows, settings, world=world, log=logs, checkpoint=state)
     exact = World.local(precision="float32")
-    held_out = evaluate(trained.sae.to(exact.device), cache.rows(model, layer, "scan").in_order(), exact)
-    seen = evaluate(trained.sae, cache.rows(model, layer, "train").in_order(), exact)
+    held_out = evaluate(trained.sae, cache.rows(model, layer, "scan").in_order(), exact)
+    seen = evaluate(trained.sae, rows.in_order(), exact)
     record = {
         "provenance": wanted,
         "model": model,
@@ -90,6 +89,7 @@ def train_sae(
     }
     save_sae(trained.sae, out, metadata={**record, "settings": asdict(settings)})
     write_json(out / RECORD_FILE, record)
+    state.unlink()
     return load_dictionary(out)
 
 
@@ -101,7 +101,9 @@ def load_dictionary(folder: Path) -> Dictionary:
     sae = load_sae(folder).requires_grad_(False)
     known = read_json(folder / CONFIG_FILE)["metadata"].get("sae_steer")
     if not known:
-        raise InputError(f"{folder} does not say which model and layer it was trained on; train one with `sae-steer train-sae`")
+        raise InputError(
+            f"{folder} does not say which model and layer it was trained on; train one with `sae-steer train-sae`"
+        )
     return Dictionary(sae, known["model"], known["layer"], known, sha256(folder / WEIGHTS_FILE))
 
 

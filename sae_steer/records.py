@@ -89,7 +89,9 @@ def already_done(path: Path, wanted: dict, *, force: bool = False) -> bool:
     found = read_json(path).get("provenance", {})
     difference = _first_difference(found, wanted)
     if difference:
-        raise StaleError(f"{path} was made with other inputs ({difference}); choose another --out, or --force to replace it")
+        raise StaleError(
+            f"{path} was made with other inputs ({difference}); choose another --out, or --force to replace it"
+        )
     return True
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -99,7 +100,9 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> 
     from safetensors.torch import save_file
 
     with replacing(path) as scratch:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, {"facts": json.dumps(facts)})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, {"facts": json.dumps(facts)}
+        )
     return Path(path)
 
 
@@ -125,3 +128,11 @@ def sha256(*parts: bytes | Path) -> str:
         else:
             digest.update(part)
     return digest.hexdigest()
+
+
+@contextmanager
+def timed(folder: Path) -> Iterator[None]:
+    """Writes how long the block took to `timing.json` in `folder`, apart from the records, which repeat exactly."""
+    start = time.perf_counter()
+    yield
+    write_text(Path(folder) / "timing.json", json.dumps({"seconds": round(time.perf_counter() - start, 3)}) + "\n")

@@ -20,7 +20,7 @@ from sae_steer import stats
 from sae_steer.cache import ActivationCache
 from sae_steer.dictionary import Dictionary, check_fits
 from sae_steer.errors import InputError
-from sae_steer.records import already_done, provenance, read_json, read_table, write_json, write_table
+from sae_steer.records import provenance, read_json, read_table, write_json, write_table
 from sae_steer.runtime import Progress, silent
 from sae_steer.sae.architectures import TopKSAE
 from sae_steer.settings import ScanSettings
@@ -38,7 +38,11 @@ class FiringCounter:
 
     @torch.no_grad()
     def update(
-        self, sae: TopKSAE, resid: Float[torch.Tensor, "row d_model"], cell: Int[np.ndarray, " row"], task: Int[np.ndarray, " row"]
+        self,
+        sae: TopKSAE,
+        resid: Float[torch.Tensor, "row d_model"],
+        cell: Int[np.ndarray, " row"],
+        task: Int[np.ndarray, " row"],
     ) -> None:
         """Count a batch; `task` is -1 for rows that are counted by cell alone."""
         codes = sae.encode(resid)
@@ -124,6 +128,11 @@ class FeatureScan:
     def like_2504(self) -> int:
         """The feature nearest the released phenotype: fires at .59 of onsets, at no more than .005 in the reference."""
         silent_there = np.flatnonzero(self.reference_rate <= self.settings.like_max_reference)
+        if not len(silent_there):
+            raise InputError(
+                f"every feature fires at more than {self.settings.like_max_reference} of onsets in '{self.reference}'; "
+                "name a feature by its index"
+            )
         distance = np.abs(self.target_rate[silent_there] - self.settings.like_rate)
         return int(silent_there[np.argmin(distance)])
 
@@ -136,13 +145,22 @@ class FeatureScan:
             return found[0]
         if feature == "like-2504":
             return self.like_2504()
-        try:
-            index = int(feature)
-        except ValueError as error:
-            raise InputError(f"--feature takes an index, top or like-2504, not {feature!r}") from error
-        if not 0 <= index < self.d_sae:
-            raise InputError(f"feature {index} is not in this dictionary; it has features 0 to {self.d_sae - 1}")
-        return index
+        return resolve_index(feature, self.d_sae)
+
+    def table(self, count: int) -> str:
+        """The top features, counts beside the rates."""
+        lines = [
+            f"{'feature':>8} {self.target + ' fires':>16} {self.reference + ' fires':>16} {'log-odds':>22} {'q':>9}"
+        ]
+        for feature in self.top(count):
+            row = self.row(feature)
+            odds = f"{row['log_odds']:.2f} [{row['log_odds_low']:.2f}, {row['log_odds_high']:.2f}]"
+            fires = [f"{row[f'{side}_hits']} ({row[f'{side}_rate']:.4f})" for side in ("target", "reference")]
+            lines.append(f"{feature:>8} {fires[0]:>16} {fires[1]:>16} {odds:>22} {row['q']:>9.1e}")
+        lines.append(
+            f"{self.specific.sum()} of {self.alive.sum()} alive features are specific, of {self.trials.sum()} onsets of {len(self.trials)} tasks"
+        )
+        return "\n".join(lines)
 
     def row(self, feature: int) -> dict:
         """What the scan knows of one feature."""
@@ -231,6 +249,17 @@ def scan_features(
     )
 
 
+def resolve_index(feature: str, d_sae: int) -> int:
+    """The index a user typed, if the dictionary has it."""
+    try:
+        index = int(feature)
+    except ValueError as error:
+        raise InputError(f"--feature takes an index, top or like-2504, not {feature!r}") from error
+    if not 0 <= index < d_sae:
+        raise InputError(f"feature {index} is not in this dictionary; it has features 0 to {d_sae - 1}")
+    return index
+
+
 def scan_provenance(cache: ActivationCache, dictionary: Dictionary, settings: ScanSettings) -> dict:
     """What fixes a scan's result."""
     return provenance(settings=settings, inputs={"cache": cache.sha256, "dictionary": dictionary.sha256})
@@ -271,7 +300,9 @@ def save_scan(scan: FeatureScan, folder: Path, origin: Mapping) -> Path:
         "d_sae": scan.d_sae,
         "criteria": asdict(scan.settings),
         "top": [scan.row(feature) for feature in scan.top(TOP)],
-        "like_2504": scan.row(scan.like_2504()),
+        "like_2504": scan.row(scan.like_2504())
+        if (scan.reference_rate <= scan.settings.like_max_reference).any()
+        else None,
     }
     return write_json(folder / RECORD_FILE, record)
 
@@ -281,9 +312,15 @@ def load_scan(folder: Path, dictionary: Dictionary) -> FeatureScan:
     folder = Path(folder)
     if not (folder / RECORD_FILE).is_file():
         raise InputError(f"no scan in {folder}; run `sae-steer scan` first, or name one with --scan")
-    record, table, by_task = read_json(folder / RECORD_FILE), read_table(folder / TABLE_FILE), read_table(folder / "by_task.parquet")
+    record, table, by_task = (
+        read_json(folder / RECORD_FILE),
+        read_table(folder / TABLE_FILE),
+        read_table(folder / "by_task.parquet"),
+    )
     if record["provenance"]["inputs"]["dictionary"] != dictionary.sha256:
-        raise InputError(f"the scan in {folder} is of another dictionary than {dictionary.name}; run `sae-steer scan` again")
+        raise InputError(
+            f"the scan in {folder} is of another dictionary than {dictionary.name}; run `sae-steer scan` again"
+        )
     return FeatureScan(
         dictionary=record["dictionary"],
         target=record["target"],
@@ -296,11 +333,6 @@ def load_scan(folder: Path, dictionary: Dictionary) -> FeatureScan:
         settings=ScanSettings(**record["criteria"]),
         record=dictionary.record,
     )
-
-
-def scan_is_done(folder: Path, origin: dict, *, force: bool) -> bool:
-    """Whether `folder` holds the scan of `origin`; another scan there is refused unless `force`."""
-    return already_done(folder / RECORD_FILE, origin, force=force)
 
 
 def _short(model: str) -> str:

@@ -7,6 +7,8 @@ SPLITS = ("train", "scan", "tune", "confirm")
 The last three hold tasks no model or dictionary was trained on, and share no task."""
 
 DEFAULT_PAIR = "small"
+DEFAULT_LAYER = 2
+"""The released study's layer: the stream after block 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +67,8 @@ class CorpusSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """Which residual streams are stored, and how."""
+    """How residual streams are computed and stored."""
 
-    layers: tuple[int, ...] = (2,)
     dtype: str = "float16"
     rows_per_shard: int = 65_536
     """Rows a shard holds at most; a kill costs at most one shard."""
@@ -143,4 +144,14 @@ class InterveneSettings:
     """Baseline samples of every prompt, from which the A/A null is drawn."""
     null_draws: int = 1_000
     temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersSettings:
+    """How much text the layer curves read."""
+
+    prompts: int = 300
+    """Confirm-split texts a rendering at most."""
+    bootstrap_draws: int = 10_000
     seed: int = 0

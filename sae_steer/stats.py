@@ -305,9 +305,7 @@ def aa_null(
     For arms sampled with noise of their own; arms that share noise differ by less than this null.
     """
     prompts, seeds = successes.shape
-    assert seeds > 1, (
-        f"{seeds} generation of each prompt: at least 2 are needed to compare a model with itself"
-    )
+    assert seeds > 1, f"{seeds} generation of each prompt: at least 2 are needed to compare a model with itself"
     random = np.random.default_rng(seed)
     first = random.integers(seeds, size=(draws, prompts))
     second = (first + random.integers(1, seeds, size=(draws, prompts))) % seeds

@@ -26,9 +26,7 @@ _SOURCE = tomllib.loads(resources.files(__package__).joinpath("regulation.toml")
 LENIENT_KEYWORDS: tuple[str, ...] = tuple(_SOURCE["keywords"])
 """Words of which any one makes a step look like regulation: "Water the fern" does, and is none."""
 
-_PHRASES = {
-    kind: (tuple(group["often"]), tuple(group["seldom"])) for kind, group in _SOURCE["phrases"].items()
-}
+_PHRASES = {kind: (tuple(group["often"]), tuple(group["seldom"])) for kind, group in _SOURCE["phrases"].items()}
 REGULATION_PHRASES: tuple[str, ...] = tuple(
     dict.fromkeys(phrase for group in _PHRASES.values() for phrases in group for phrase in phrases)
 )

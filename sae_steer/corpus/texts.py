@@ -38,10 +38,7 @@ def read_texts(path: Path | str) -> list[UserText]:
         raise InputError(f"{path} is empty; put one text on each line")
     lines = content.rstrip().split("\n")
     read = _from_json if path.suffix == ".jsonl" else _from_line
-    return [
-        read(line.removesuffix("\r"), number, f"{path}, line {number}")
-        for number, line in enumerate(lines, 1)
-    ]
+    return [read(line.removesuffix("\r"), number, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 def _from_line(line: str, number: int, where: str) -> UserText:

@@ -62,17 +62,13 @@ class PlanTokenizer:
         try:
             content = Path(path).read_bytes().decode("utf-8")
         except OSError as error:
-            raise InputError(
-                f"cannot read tokenizer {path}: {error.strerror}; give a tokenizer.json"
-            ) from error
+            raise InputError(f"cannot read tokenizer {path}: {error.strerror}; give a tokenizer.json") from error
         except UnicodeDecodeError as error:
             raise InputError(f"tokenizer {path} is not UTF-8 text; give a tokenizer.json") from error
         try:
             return cls(content)
         except Exception as error:  # tokenizers raises no narrower type
-            raise InputError(
-                f"{path} is no tokenizer.json ({error}); give one saved by `tokenizers`"
-            ) from error
+            raise InputError(f"{path} is no tokenizer.json ({error}); give one saved by `tokenizers`") from error
 
     def save(self, path: Path) -> Path:
         """Write the tokenizer.json, beside and renamed; returns `path`."""

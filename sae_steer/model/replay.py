@@ -58,7 +58,9 @@ def edited(model: Decoder, site: str, edit: Edit, *, after: tuple[int, ...] | No
         for hook in hooks:
             hook.remove()
     if not met:
-        raise NotDeliveredError(f"the edit at {site} met no position; run the model inside the `with`, on texts with onsets")
+        raise NotDeliveredError(
+            f"the edit at {site} met no position; run the model inside the `with`, on texts with onsets"
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 from sae_steer.model.decoder import Decoder, Heads, KVHeads, Storing
 from sae_steer.model.training import pad
 
-
 ROOM = 64
 """Positions by which buffers of keys and values grow."""
 
@@ -37,9 +36,7 @@ class Growing:
             buffers[layer][rows, :, self.positions] = new[:, :, 0]
         seen = torch.arange(end, device=q.device) <= self.positions[:, None, None, None]
         keys, values = self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-        return F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=seen, enable_gqa=k.shape[1] != q.shape[1]
-        )
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=seen, enable_gqa=k.shape[1] != q.shape[1])
 
     def keep(self, rows: Int[Tensor, " kept"]) -> "Growing":
         """The state of some of the rows."""

@@ -50,7 +50,9 @@ class TrainingState:
     """Mean training loss since the last checkpoint, nats a token."""
 
     @classmethod
-    def fresh(cls, shape: DecoderSettings, settings: PairTrainingSettings, *, stream: int, world: World) -> "TrainingState":
+    def fresh(
+        cls, shape: DecoderSettings, settings: PairTrainingSettings, *, stream: int, world: World
+    ) -> "TrainingState":
         """Random weights of `settings.seed` and `stream`."""
         model = init_decoder(shape, generator(settings.seed, stream)).to(world.device)
         return cls(model, _optimiser(model, settings))
@@ -71,7 +73,9 @@ class TrainingState:
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
         for name, parameter in self.model.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-            self.optimiser.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu") for key in keys}
+            self.optimiser.state[parameter] = {
+                key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu") for key in keys
+            }
         self.step, self.loss = facts["step"], facts["loss"]
         return self
 

@@ -105,7 +105,9 @@ class TextFile:
                     f"{self.path} line {line.line} has {len(ids)} tokens, and pair '{pair.name}' reads {pair.context}; "
                     "shorten it"
                 )
-            yield _label(pair, ids, prompt, numbers[line.task], self.variants.index(line.variant or "text"), split, None)
+            yield _label(
+                pair, ids, prompt, numbers[line.task], self.variants.index(line.variant or "text"), split, None
+            )
 
 
 def _label(

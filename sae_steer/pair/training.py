@@ -168,9 +168,7 @@ def _batches(
         held += len(chosen[-1])
         if held >= tokens:
             break
-    return bucket(
-        chosen, tokens_per_batch=settings.tokens_per_batch, pad_id=tokenizer.pad_id, seed=settings.seed
-    )
+    return bucket(chosen, tokens_per_batch=settings.tokens_per_batch, pad_id=tokenizer.pad_id, seed=settings.seed)
 
 
 def _named(on_step: Progress, name: str) -> Progress:

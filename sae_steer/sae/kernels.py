@@ -38,9 +38,7 @@ class Support:
     ) -> Float[Tensor, "{self.d_sae} d"]:
         """out[j] = the sum of weights[n, i] * rows[n] over the codes (n, i) of feature j."""
         slots, owners, starts = self._by_feature
-        return embedding_bag(
-            owners, rows.contiguous(), starts, per_sample_weights=weights.flatten()[slots], mode="sum"
-        )
+        return embedding_bag(owners, rows.contiguous(), starts, per_sample_weights=weights.flatten()[slots], mode="sum")
 
     def sum_weights(self, weights: Float[Tensor, "row k"]) -> Float[Tensor, " {self.d_sae}"]:
         """out[j] = the sum of weights[n, i] over the codes (n, i) of feature j."""
@@ -125,9 +123,7 @@ class _Preactivations(torch.autograd.Function):
         grad_b_dec = -(W_enc @ grad_b_enc)  # the sum over rows of the gradient to x, without that gradient
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = embedding_bag(
-                ctx.support.indices, W_enc.T.contiguous(), per_sample_weights=grad, mode="sum"
-            )
+            grad_x = embedding_bag(ctx.support.indices, W_enc.T.contiguous(), per_sample_weights=grad, mode="sum")
         return grad_x, grad_b_dec, grad_W_enc, grad_b_enc, None
 
 

@@ -93,9 +93,7 @@ def _read_config(folder: Path) -> dict:
         raise InputError(f"{folder / CONFIG_FILE} is not JSON ({error}); save it again") from error
     architecture = facts.get("architecture") if isinstance(facts, dict) else None
     if architecture not in ARCHITECTURES:
-        raise InputError(
-            f"{folder} is of architecture {architecture!r}; this version reads {', '.join(ARCHITECTURES)}"
-        )
+        raise InputError(f"{folder} is of architecture {architecture!r}; this version reads {', '.join(ARCHITECTURES)}")
     for name, value in _UNCHANGED.items():
         if facts.get(name, value) != value:
             raise InputError(

@@ -57,9 +57,7 @@ def test_a_task_is_found_at_its_index_and_scored_one_to_five():
 
 
 def test_nothing_is_left_unfilled_and_every_step_is_capitalised():
-    texts = {
-        step.text for split in SPLITS for step in steps_of(write_plans(split, "adhd", count=700, seed=1))
-    }
+    texts = {step.text for split in SPLITS for step in steps_of(write_plans(split, "adhd", count=700, seed=1))}
     texts |= {step.text for step in steps_of(write_plans("train", "standard", count=1500, seed=1))}
     for text in texts | {task.title for task in tasks()}:
         assert text == " ".join(text.split())
@@ -96,9 +94,7 @@ def test_tasks_are_used_evenly():
 
 def test_a_task_has_many_plans():
     n = len(tasks("tune"))
-    texts = {
-        plan.text for plan in write_plans("tune", "standard", count=30 * n, seed=0) if plan.prompt % n == 0
-    }
+    texts = {plan.text for plan in write_plans("tune", "standard", count=30 * n, seed=0) if plan.prompt % n == 0}
     assert len(texts) >= 25
 
 
@@ -178,15 +174,11 @@ def test_the_effort_decides_which_phrase_comes():
     ("variant", "mean", "mean_within", "lenient", "lenient_within", "rho"),
     [("standard", 6.8, 0.25, 0.094, 0.008, 0.53), ("adhd", 15.1, 0.5, 0.413, 0.015, 0.83)],
 )
-def test_statistics_are_those_of_the_release(
-    held_out, variant, mean, mean_within, lenient, lenient_within, rho
-):
+def test_statistics_are_those_of_the_release(held_out, variant, mean, mean_within, lenient, lenient_within, rho):
     plans = held_out[variant]
     counts = [len(plan.steps) for plan in plans]
     assert np.mean(counts) == pytest.approx(mean, abs=mean_within)
-    assert np.mean([is_lenient(step.text) for step in steps_of(plans)]) == pytest.approx(
-        lenient, abs=lenient_within
-    )
+    assert np.mean([is_lenient(step.text) for step in steps_of(plans)]) == pytest.approx(lenient, abs=lenient_within)
     found = spearmanr([plan.task.complexity for plan in plans], counts).statistic
     assert found == pytest.approx(rho, abs=0.05)
 

@@ -65,9 +65,7 @@ def test_rows_without_a_merge_are_filled_and_unreachable(small, large, train_tex
     assert 3000 < large.unused < 7000
     fillers = range(8192 - large.unused, 8192)
     assert all(large.decode([row]) == f" unused {row}" for row in fillers)
-    used = {
-        row for text in train_texts["adhd"] + NASTY for row in large.encode(text) + large.encode_text(text)
-    }
+    used = {row for text in train_texts["adhd"] + NASTY for row in large.encode(text) + large.encode_text(text)}
     assert used.isdisjoint(fillers)
     assert all(row not in fillers for row in large.encode_text("".join(f" unused {row}" for row in fillers)))
 
@@ -127,9 +125,7 @@ def test_another_models_tokenizer_loads_without_our_specials(tmp_path):
         loaded.token_id("<|sep|>")
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"not json", b"{}", b"[]", b"\xff\xfe", json.dumps({"model": 3}).encode()]
-)
+@pytest.mark.parametrize("content", [b"", b"not json", b"{}", b"[]", b"\xff\xfe", json.dumps({"model": 3}).encode()])
 def test_a_bad_file_is_an_error_that_names_it(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)

@@ -103,9 +103,7 @@ def test_the_learning_rate_rises_stays_and_falls_to_nothing() -> None:
     assert rates[74] == 1.0 > rates[80] > rates[99] > rates[100] == 0
 
 
-def test_a_loss_that_is_not_finite_names_the_step(
-    planted, planted_rows, short, world, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_names_the_step(planted, planted_rows, short, world, tmp_path: Path) -> None:
     broken = planted_rows()
     broken.batch = lambda step, *rest: planted.batch(step, *rest) * (float("nan") if step == 24 else 1.0)
     path = tmp_path / "state.safetensors"

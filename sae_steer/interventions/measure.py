@@ -11,6 +11,7 @@ from torch import Tensor
 from sae_steer.cache import length_batches
 from sae_steer.errors import NotDeliveredError
 from sae_steer.model.decoder import Decoder
+from sae_steer.model.readout import target_mass
 from sae_steer.model.replay import CleanPass, Edit
 from sae_steer.model.training import pad
 from sae_steer.pair.texts import Text
@@ -114,13 +115,6 @@ def read(
 def unedited(resid: Tensor) -> Tensor:
     """The baseline as an edit."""
     return resid
-
-
-def target_mass(
-    logits: Float[Tensor, "*rows vocab"], target: Int[Tensor, " target"]
-) -> Float[Tensor, "*rows"]:
-    """Total probability of the target tokens, float64."""
-    return logits.double().softmax(-1)[..., target].sum(-1)
 
 
 def check_delivered(reading: Reading, names: Sequence[str]) -> None:

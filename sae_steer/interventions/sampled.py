@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from sae_steer import stats
 from sae_steer.cache import site
-from sae_steer.intervene.variants import FeatureEdit, Variant
+from sae_steer.interventions.variants import FeatureEdit, Variant
 from sae_steer.model.replay import edited
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.quality import sample_plans, step_counts
@@ -49,7 +49,15 @@ def sample_baseline(pair: ModelPair, model: NamedModel, titles: list[str], setti
 
 
 def sampled_arm(
-    pair: ModelPair, variant: Variant, layer: int, edit: FeatureEdit, titles: list[str], baseline: Baseline, settings: InterveneSettings, *, arm: int
+    pair: ModelPair,
+    variant: Variant,
+    layer: int,
+    edit: FeatureEdit,
+    titles: list[str],
+    baseline: Baseline,
+    settings: InterveneSettings,
+    *,
+    arm: int,
 ) -> dict:
     """One sample a prompt under the variant's edit at every delimiter, compared with the baseline."""
     model = variant.model(pair)
@@ -57,7 +65,11 @@ def sampled_arm(
     where = site(layer - variant.layers_below)
     steer = edited(model.decoder, where, edit.of(variant, settings.primary_dose), after=delimiters)
     counts = _sample(pair, model, titles, settings, arm=arm, edit=steer)
-    found = {"texts": len(titles), "steps": int(counts[:, STEPS].sum()), "mean_step_count": float(counts[:, STEPS].mean())}
+    found = {
+        "texts": len(titles),
+        "steps": int(counts[:, STEPS].sum()),
+        "mean_step_count": float(counts[:, STEPS].mean()),
+    }
     for matcher, column in MATCHERS.items():
         rate = float(counts[:, column].sum() / max(counts[:, STEPS].sum(), 1))
         once = baseline.counts[:, 0]
@@ -77,12 +89,22 @@ def sampled_arm(
 
 
 def _sample(
-    pair: ModelPair, model: NamedModel, titles: list[str], settings: InterveneSettings, *, arm: int, edit: AbstractContextManager | None = None
+    pair: ModelPair,
+    model: NamedModel,
+    titles: list[str],
+    settings: InterveneSettings,
+    *,
+    arm: int,
+    edit: AbstractContextManager | None = None,
 ) -> Int[np.ndarray, "text 3"]:
     texts: list[str] = []
     with edit or nullcontext():
         for start in range(0, len(titles), CHUNK):
             texts += sample_plans(
-                pair, model, titles[start : start + CHUNK], temperature=settings.temperature, seeds=(settings.seed, arm, start)
+                pair,
+                model,
+                titles[start : start + CHUNK],
+                temperature=settings.temperature,
+                seeds=(settings.seed, arm, start),
             )
     return step_counts(texts, pair)

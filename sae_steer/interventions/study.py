@@ -23,13 +23,13 @@ from sae_steer.cache import ActivationCache, site
 from sae_steer.corpus import TargetTokens, parse_plan
 from sae_steer.dictionary import Dictionary, check_fits
 from sae_steer.errors import InputError, SteerError
-from sae_steer.intervene.interventions import Control, isotropic
-from sae_steer.intervene.measure import OnsetRows, Reading, check_delivered, read, unedited
-from sae_steer.intervene.sampled import Baseline, sample_baseline, sampled_arm
-from sae_steer.intervene.variants import FeatureEdit, Variant, four_variants
+from sae_steer.interventions.edits import Control, isotropic
+from sae_steer.interventions.measure import OnsetRows, Reading, check_delivered, read, unedited
+from sae_steer.interventions.sampled import Baseline, sample_baseline, sampled_arm
+from sae_steer.interventions.variants import FeatureEdit, Variant, four_variants
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
-from sae_steer.records import provenance, write_json, write_table
+from sae_steer.records import provenance, read_json, read_table, write_json, write_table
 from sae_steer.runtime import Progress, generator, silent
 from sae_steer.settings import InterveneSettings
 
@@ -73,6 +73,12 @@ class Study:
         if self.trials:
             write_table(Path(folder) / TRIALS_FILE, self.trials)
         return write_json(Path(folder) / RECORD_FILE, self.record)
+
+
+def load_study(folder: Path) -> Study:
+    """A study `Study.save` wrote."""
+    record = read_json(Path(folder) / RECORD_FILE)
+    return Study(record, read_table(Path(folder) / TRIALS_FILE) if record["tested"] else {})
 
 
 def study_provenance(
@@ -190,14 +196,17 @@ class Bench:
         model, layer, doses = variant.model(self.pair).decoder, self.layer - variant.layers_below, self.settings.doses
         edits = [unedited, *(self.edit.of(variant, dose) for dose in doses)]
         found = {
-            mode: read(model, layer, self.onsets[mode], edits, self.tokens.ids, joint=mode == "joint") for mode in self.onsets
+            mode: read(model, layer, self.onsets[mode], edits, self.tokens.ids, joint=mode == "joint")
+            for mode in self.onsets
         }
         for mode, reading in found.items():
             nonzero = [column for column, dose in enumerate(doses, 1) if dose]
             taken = Reading(reading.mass[:, nonzero], reading.delivered[:, nonzero])
             check_delivered(taken, [f"{variant.name} at dose {doses[column - 1]} ({mode})" for column in nonzero])
             if 0 in doses and not np.array_equal(reading.mass[:, 0], reading.mass[:, 1 + doses.index(0)]):
-                raise SteerError(f"{variant.name} at dose 0 differs from the baseline; the measurement cannot be trusted")
+                raise SteerError(
+                    f"{variant.name} at dose 0 differs from the baseline; the measurement cannot be trusted"
+                )
         return VariantReading(found["single"], found["joint"], self._controls(variant, model, layer, found["single"]))
 
     def _controls(self, variant: Variant, model, layer: int, reading: Reading) -> dict:
@@ -261,7 +270,9 @@ def _check(pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, sett
             f"model '{pair.target.name}'"
         )
     if not 0 < settings.upstream <= dictionary.layer:
-        raise InputError(f"cannot inject {settings.upstream} layers below layer {dictionary.layer}; choose 1 to {dictionary.layer}")
+        raise InputError(
+            f"cannot inject {settings.upstream} layers below layer {dictionary.layer}; choose 1 to {dictionary.layer}"
+        )
     if settings.primary_dose not in settings.doses:
         raise InputError(f"the primary dose {settings.primary_dose} is not among the doses {settings.doses}; add it")
 
@@ -275,7 +286,9 @@ def _firings(
     wanted = {(text.prompt, text.variant) for text in texts}
     labels = cache.labels("confirm")
     chosen = labels["is_onset"].astype(bool)
-    chosen &= np.array([key in wanted for key in zip(labels["prompt"].tolist(), labels["text_variant"].tolist(), strict=True)])
+    chosen &= np.array(
+        [key in wanted for key in zip(labels["prompt"].tolist(), labels["text_variant"].tolist(), strict=True)]
+    )
     rows = np.flatnonzero(chosen)
     resid = cache.rows(dictionary.model, dictionary.layer, "confirm").take(rows)
     fires = dictionary.sae.activation_of(resid, feature).numpy() > 0
@@ -336,7 +349,14 @@ def _estimates(
     _, prompt, count = np.unique(onsets.prompt, return_inverse=True, return_counts=True)
     by_prompt = np.average(effect, axis=0, weights=1 / count[prompt])
     rows = [
-        {"mean": float(mean), "low": float(low), "high": float(high), "prompt_weighted": float(other), "n": points.n, "tasks": points.clusters}
+        {
+            "mean": float(mean),
+            "low": float(low),
+            "high": float(high),
+            "prompt_weighted": float(other),
+            "n": points.n,
+            "tasks": points.clusters,
+        }
         for mean, low, high, other in zip(points.mean, points.low, points.high, by_prompt, strict=True)
     ]
     if gap is not None:

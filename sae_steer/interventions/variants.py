@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_steer.intervene.interventions import Inject, Subtract, ZeroAblate
+from sae_steer.interventions.edits import Inject, Subtract, ZeroAblate
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.sae.architectures import TopKSAE
 

@@ -1,0 +1,1 @@
+"""Findings of the released study, asked of any pair."""

@@ -1,0 +1,94 @@
+"""P(target) at step onsets after every block, in both models: where in depth the behaviour is decided.
+
+The stream after each block is read through the final norm and the unembedding (the logit lens,
+nostalgebraist 2020); after the last block that is the model's own output. Intervals resample tasks.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from sae_steer import stats
+from sae_steer.cache import ActivationCache, length_batches
+from sae_steer.model.decoder import Decoder
+from sae_steer.model.readout import target_mass
+from sae_steer.model.training import pad
+from sae_steer.pair.model_pair import ModelPair
+from sae_steer.pair.texts import Text
+from sae_steer.records import provenance
+from sae_steer.runtime import Progress, silent
+from sae_steer.settings import LayersSettings
+
+RECORD_FILE = "layers.json"
+TOKENS_PER_BATCH = 4_096
+
+
+def layers_provenance(pair: ModelPair, cache: ActivationCache, settings: LayersSettings) -> dict:
+    """What fixes the curves."""
+    return provenance(settings=settings, inputs={"pair": pair.sha256, "cache": cache.sha256})
+
+
+def layer_probability(
+    pair: ModelPair,
+    cache: ActivationCache,
+    *,
+    settings: LayersSettings | None = None,
+    on_step: Progress = silent,
+) -> Mapping:
+    """A curve over the layers for each model on each rendering of the confirm split's texts."""
+    settings = settings or LayersSettings()
+    cache.check_pair(pair)
+    tokens = cache.target_tokens(pair)
+    texts = cache.texts("confirm")
+    curves = []
+    for number, model in enumerate(pair.models):
+        for variant, rendering in enumerate(cache.variants):
+            on_step(
+                number * len(cache.variants) + variant, 2 * len(cache.variants), f"{model.name} on {rendering} texts"
+            )
+            chosen = [text for text in texts if text.variant == variant and text.is_onset.any()][: settings.prompts]
+            if chosen:
+                curves.append(
+                    {"model": model.name, "rendering": rendering, **_curve(model.decoder, chosen, tokens.ids, settings)}
+                )
+    return {
+        "provenance": layers_provenance(pair, cache, settings),
+        "pair": pair.name,
+        "target_tokens": {
+            "ids": list(tokens.ids),
+            "tokens": [pair.tokenizer.decode([token]) for token in tokens.ids],
+            "coverage": tokens.coverage,
+        },
+        "curves": curves,
+    }
+
+
+def _curve(model: Decoder, texts: list[Text], target: tuple[int, ...], settings: LayersSettings) -> dict:
+    mass, task = onset_masses(model, texts, target)
+    found = stats.cluster_bootstrap(mass, task, draws=settings.bootstrap_draws, seed=settings.seed)
+    layers = [
+        {"layer": layer, "mean": float(mean), "low": float(low), "high": float(high)}
+        for layer, (mean, low, high) in enumerate(zip(found.mean, found.low, found.high, strict=True))
+    ]
+    return {"n": found.n, "tasks": found.clusters, "layers": layers}
+
+
+@torch.no_grad()
+def onset_masses(
+    model: Decoder, texts: list[Text], target: tuple[int, ...]
+) -> tuple[Float[np.ndarray, "row layer"], np.ndarray]:
+    """Target mass at every onset after every block, and the task of each row."""
+    columns, layers = torch.tensor(target, device=model.device), tuple(range(model.shape.n_layers))
+    parts, tasks = [], []
+    for batch in length_batches([len(text) for text in texts], TOKENS_PER_BATCH):
+        tokens = pad([texts[i].token.tolist() for i in batch], 0).to(model.device)
+        onset = torch.zeros(tokens.shape, dtype=torch.bool)
+        for row, i in enumerate(batch):
+            onset[row, : len(texts[i])] = torch.from_numpy(texts[i].is_onset)
+            tasks.append(np.full(int(texts[i].is_onset.sum()), texts[i].task))
+        streams = model.resid_posts(tokens, layers)
+        masses = [target_mass(model.unembed(streams[layer][onset.to(model.device)]), columns) for layer in layers]
+        parts.append(torch.stack(masses, dim=1).cpu().numpy())
+    return np.concatenate(parts), np.concatenate(tasks)

@@ -1,0 +1,59 @@
+"""What a path holds, in a few lines, and whether it is whole."""
+
+import json
+from pathlib import Path
+
+from sae_steer.cache import ActivationCache
+from sae_steer.dictionary import load_dictionary
+from sae_steer.errors import InputError
+from sae_steer.pair.model_pair import load_pair
+from sae_steer.records import read_json
+
+
+def describe(path: Path) -> tuple[str, bool]:
+    """A description of the pair, cache, dictionary, run folder or record at `path`, and whether it is whole."""
+    if path.is_file():
+        return _record(path), True
+    for name, tell in (("pair.toml", _pair), ("manifest.json", _cache), ("cfg.json", _dictionary)):
+        if (path / name).is_file():
+            return tell(path)
+    records = sorted(path.glob("**/*.json"))
+    if not records:
+        raise InputError(f"{path} holds no pair, cache, dictionary or record")
+    return "\n".join(
+        [f"folder with {len(records)} records", *(f"  {record.relative_to(path)}" for record in records)]
+    ), True
+
+
+def _pair(path: Path) -> tuple[str, bool]:
+    pair = load_pair(path)
+    models = [f"  {m.name}: {m.decoder.n_parameters:,} parameters, sha256 {m.sha256[:12]}" for m in pair.models]
+    return "\n".join([f"pair '{pair.name}', {pair.tokenizer.n_vocab} tokens, context {pair.context}", *models]), True
+
+
+def _cache(path: Path) -> tuple[str, bool]:
+    cache = ActivationCache.open(path)
+    rows = sum(shard["rows"] for shard in cache.manifest["shards"])
+    wrong = cache.verify()
+    head = (
+        f"activation cache of pair '{cache.manifest['pair']}': {rows:,} rows in {len(cache.manifest['shards'])} shards, "
+        f"layers {list(cache.layers)}, {cache.manifest['dtype']}, texts {', '.join(cache.variants)}"
+    )
+    return "\n".join([head, *(wrong or ["  every checksum is right"])]), not wrong
+
+
+def _dictionary(path: Path) -> tuple[str, bool]:
+    found = load_dictionary(path)
+    config, record = found.sae.config, found.record
+    return (
+        f"{config.architecture} dictionary {found.name}: {config.d_in} -> {config.d_sae}, k {config.k}, "
+        f"held-out FVE {record['final_fve']:.4f}, L0 {record['final_l0']:.1f}, dead {record['dead_pct_heldout']:.2f} %"
+    ), True
+
+
+def _record(path: Path) -> str:
+    record = read_json(path)
+    origin = record.get("provenance") if isinstance(record, dict) else None
+    if not origin:
+        raise InputError(f"{path} is JSON without a provenance: no record of this package")
+    return f"record made by sae-steer {origin['sae_steer']} at commit {origin['commit']}\n  settings {json.dumps(origin['settings'])}\n  inputs {json.dumps(origin['inputs'])}"

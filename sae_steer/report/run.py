@@ -1,0 +1,161 @@
+"""What a run folder holds: the records its commands wrote, read once; any of them may be missing."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae_steer.errors import InputError
+from sae_steer.records import read_json, read_table
+from sae_steer.runtime import sha256
+from sae_steer.sae.saelens import WEIGHTS_FILE
+
+Record = Mapping[str, Any]
+
+# (the command, the keys its record must have)
+TRAINING = ("train-sae", ("provenance", "model", "layer", "final_fve", "final_l0", "dead_pct_train", "dead_pct_heldout"))
+SCAN = ("scan", ("provenance", "dictionary", "target", "reference", "cells", "onsets", "tasks", "criteria", "top"))
+STUDY = ("intervene --feature top", ("provenance", "dictionary", "feature", "tested", "firings", "verdict"))
+LAYERS = ("layers", ("provenance", "pair", "target_tokens", "curves"))
+MEASURED = ("variants", "gap", "baseline", "primary_dose", "target_tokens")
+"""What the record of a tested feature holds besides."""
+
+
+@dataclass(frozen=True)
+class DictionaryRecord:
+    """How a dictionary came out."""
+
+    name: str
+    """Its folder."""
+    record: Record
+    weights: str | None
+    """The hash of its weights, by which scans and studies name it."""
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """One feature's interventions."""
+
+    name: str
+    """Its folder."""
+    record: Record
+
+    def primary(self, variant: Record, mode: str) -> Record:
+        """A variant's effect at the primary dose."""
+        return next(row for row in variant[mode]["doses"] if row["dose"] == self.record["primary_dose"])
+
+    def outside_controls(self, variant: Record) -> bool:
+        """Whether the single effect lies outside the band of the control directions."""
+        controls = variant["controls"]
+        return not controls["low"] <= self.primary(variant, "single")["mean"] <= controls["high"]
+
+    @property
+    def dictionary(self) -> str:
+        """The hash of the dictionary its index belongs to."""
+        return self.record["provenance"]["inputs"]["dictionary"]
+
+
+@dataclass(frozen=True)
+class RunRecords:
+    """Every record found in a run folder."""
+
+    name: str
+    dictionaries: tuple[DictionaryRecord, ...]
+    scan: Record | None
+    features: Mapping[str, np.ndarray] | None
+    """The scan's table, one row a feature."""
+    studies: tuple[StudyRecord, ...]
+    layers: Record | None
+
+    @classmethod
+    def read(cls, run: Path) -> "RunRecords":
+        """The records in `run`; none at all is an `InputError`."""
+        run, table = Path(run), Path(run) / "scan" / "features.parquet"
+        found = cls(
+            name=run.resolve().name,
+            dictionaries=tuple(
+                DictionaryRecord(path.parent.name, _read(path, TRAINING), _weights(path.parent))
+                for path in sorted(run.glob("saes/*/training.json"))
+            ),
+            scan=_read(run / "scan" / "feature_diff.json", SCAN),
+            features=read_table(table) if table.is_file() else None,
+            studies=tuple(_studies(run)),
+            layers=_read(run / "layers" / "layers.json", LAYERS),
+        )
+        if not (found.dictionaries or found.scan or found.studies or found.layers):
+            raise InputError(f"no record in {run}; run `sae-steer train-sae`, `scan` and `intervene` first, or name a run folder")
+        return found
+
+    @property
+    def pair(self) -> str | None:
+        """The pair's name, if a record tells it."""
+        named = [*(study.record for study in self.studies), *([self.layers] if self.layers else [])]
+        return next((record["pair"] for record in named), None)
+
+    @property
+    def missing(self) -> list[tuple[str, str]]:
+        """(what is not there, the command that makes it)."""
+        parts = [
+            ("no dictionary", "train-sae", not self.dictionaries),
+            ("no scan of the features", "scan", not self.scan),
+            ("the table of all features is gone, so their scatter is not drawn", "scan --force", self.scan and self.features is None),
+            ("no feature was intervened on", STUDY[0], not self.studies),
+            ("no curves over the layers", "layers", not self.layers),
+        ]
+        return [(what, f"sae-steer {command}") for what, command, absent in parts if absent]
+
+    @property
+    def studied_here(self) -> list[int]:
+        """Features intervened on whose index belongs to the scanned dictionary."""
+        scanned = self.scan["provenance"]["inputs"]["dictionary"] if self.scan else None
+        return [study.record["feature"] for study in self.studies if study.dictionary == scanned]
+
+    @property
+    def named(self) -> list[tuple[str, Record]]:
+        """(path inside the run folder, record) of all."""
+        return [
+            *((f"saes/{found.name}/training.json", found.record) for found in self.dictionaries),
+            *([("scan/feature_diff.json", self.scan)] if self.scan else []),
+            *((f"intervene/{study.name}/results.json", study.record) for study in self.studies),
+            *([("layers/layers.json", self.layers)] if self.layers else []),
+        ]
+
+    @property
+    def mixed(self) -> list[tuple[str, list[tuple[str, str]]]]:
+        """(input, [(record, hash)]) where records were made from different ones."""
+        found = []
+        for kind in ("pair", "cache", "dictionary"):
+            hashes = [(path, inputs[kind]) for path, record in self.named if kind in (inputs := record["provenance"]["inputs"])]
+            if len({value for _, value in hashes}) > 1:
+                found.append((kind, hashes))
+        return found
+
+
+def _studies(run: Path) -> Iterator[StudyRecord]:
+    paths = sorted(run.glob("intervene/feature-*/results.json"), key=lambda path: (len(path.parent.name), path.parent.name))
+    for path in paths:
+        record = _read(path, STUDY)
+        if record["tested"]:
+            _check_keys(path, record, MEASURED, STUDY[0])
+        yield StudyRecord(path.parent.name, record)
+
+
+def _read(path: Path, kind: tuple[str, tuple[str, ...]]) -> Record | None:
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    _check_keys(path, record, kind[1], kind[0])
+    return record
+
+
+def _check_keys(path: Path, record: Record, keys: tuple[str, ...], command: str) -> None:
+    lacking = [key for key in keys if key not in record]
+    if lacking:
+        raise InputError(f"{path} lacks {lacking[0]!r}; it was written by another version, run `sae-steer {command} --force`")
+
+
+def _weights(folder: Path) -> str | None:
+    weights = folder / WEIGHTS_FILE
+    return sha256(weights) if weights.is_file() else None

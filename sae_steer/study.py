@@ -1,0 +1,134 @@
+"""The whole study on one pair, stage by stage: each reads what the one before wrote, and is made only once.
+
+    cache -> dictionary -> scan -> interventions -> report
+      `-> layers ---------------------------------^
+
+A finished stage is found again by its settings and the hashes of its inputs; one made with others is refused.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sae_steer.cache import ActivationCache, cache_activations
+from sae_steer.dictionary import Dictionary, default_folder, train_sae
+from sae_steer.findings import layer_probability as layers
+from sae_steer.interventions.study import RECORD_FILE as STUDY_RECORD
+from sae_steer.interventions.study import Study, intervene, load_study, study_provenance
+from sae_steer.pair.model_pair import ModelPair
+from sae_steer.records import already_done, write_json
+from sae_steer.runtime import Progress, silent, timed
+from sae_steer.sae.log import Log
+from sae_steer.scan import RECORD_FILE as SCAN_RECORD
+from sae_steer.scan import FeatureScan, load_scan, save_scan, scan_features, scan_provenance
+from sae_steer.settings import DEFAULT_LAYER, InterveneSettings, LayersSettings, SAESettings, ScanSettings
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the files of a pair's study lie; by default below the current folder."""
+
+    cache: Path
+    run: Path
+
+    @classmethod
+    def of(cls, pair: str) -> "Places":
+        """The usual places."""
+        return cls(Path("activations", pair), Path("runs", pair))
+
+    @property
+    def scan(self) -> Path:
+        """The scan's folder."""
+        return self.run / "scan"
+
+    @property
+    def layers(self) -> Path:
+        """The layer curves' folder."""
+        return self.run / "layers"
+
+    def dictionary(self, model: str, layer: int, settings: SAESettings | None = None) -> Path:
+        """A dictionary's folder."""
+        return self.run / "saes" / default_folder(model, layer, settings or SAESettings())
+
+    def intervene(self, feature: int) -> Path:
+        """The folder of a feature's interventions."""
+        return self.run / "intervene" / f"feature-{feature}"
+
+
+def find_or_scan(
+    cache: ActivationCache,
+    dictionary: Dictionary,
+    out: Path,
+    *,
+    settings: ScanSettings | None = None,
+    force: bool = False,
+    on_rows: Progress = silent,
+) -> FeatureScan:
+    """The scan in `out`, made now unless it is there."""
+    settings = settings or ScanSettings()
+    origin = scan_provenance(cache, dictionary, settings)
+    if not already_done(out / SCAN_RECORD, origin, force=force):
+        with timed(out):
+            save_scan(scan_features(cache, dictionary, settings=settings, on_rows=on_rows), out, origin)
+    return load_scan(out, dictionary)
+
+
+def find_or_intervene(
+    pair: ModelPair,
+    cache: ActivationCache,
+    dictionary: Dictionary,
+    feature: int,
+    out: Path,
+    *,
+    settings: InterveneSettings | None = None,
+    force: bool = False,
+    on_step: Progress = silent,
+) -> Study:
+    """The study of a feature in `out`, made now unless it is there."""
+    settings = settings or InterveneSettings()
+    origin = study_provenance(pair, cache, dictionary, feature, settings)
+    if not already_done(out / STUDY_RECORD, origin, force=force):
+        with timed(out):
+            intervene(pair, dictionary, feature=feature, cache=cache, settings=settings, on_step=on_step).save(out)
+    return load_study(out)
+
+
+def find_or_read_layers(
+    pair: ModelPair,
+    cache: ActivationCache,
+    out: Path,
+    *,
+    settings: LayersSettings | None = None,
+    force: bool = False,
+    on_step: Progress = silent,
+) -> Path:
+    """The path of the layer curves in `out`, made now unless they are there."""
+    settings, path = settings or LayersSettings(), out / layers.RECORD_FILE
+    if not already_done(path, layers.layers_provenance(pair, cache, settings), force=force):
+        with timed(out):
+            write_json(path, layers.layer_probability(pair, cache, settings=settings, on_step=on_step))
+    return path
+
+
+def run_study(
+    pair: ModelPair,
+    places: Places,
+    *,
+    feature: str = "top",
+    force: bool = False,
+    progress: Callable[[str], Progress] = lambda stage: silent,
+    log: Log | None = None,
+) -> Path:
+    """Every stage with its default settings, `feature` as the one intervened on; returns the report's path."""
+    from sae_steer.report.page import write_report  # matplotlib takes a second that no other stage needs
+
+    cache = cache_activations(pair, out=places.cache, force=force, on_rows=progress("cache"))
+    where = places.dictionary(pair.target.name, DEFAULT_LAYER)
+    dictionary = train_sae(cache, model=pair.target.name, layer=DEFAULT_LAYER, out=where, force=force, log=log)
+    scan = find_or_scan(cache, dictionary, places.scan, force=force, on_rows=progress("scan"))
+    chosen = scan.resolve(feature)
+    find_or_intervene(
+        pair, cache, dictionary, chosen, places.intervene(chosen), force=force, on_step=progress("intervene")
+    )
+    find_or_read_layers(pair, cache, places.layers, force=force, on_step=progress("layers"))
+    return write_report(places.run)
