@@ -10,6 +10,7 @@ One row = one token position, the same in both models. The only importer of h5py
 """
 
 import fcntl
+import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,10 +31,11 @@ from sae_steer.model.training import pad
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import GeneratedTexts, Text, TextSource
 from sae_steer.records import already_done, provenance, read_json, write_json
-from sae_steer.runtime import Progress, World, generator, replacing, sha256, silent
+from sae_steer.runtime import Progress, World, generator, replacing, sha256, silent, sweep
 from sae_steer.settings import DEFAULT_LAYER, SPLITS, CacheSettings
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 DTYPES = ("float16", "float32")
 LABELS = {
     "token": np.int32,
@@ -46,6 +48,7 @@ LABELS = {
     "next_is_target": np.uint8,
     "true_p": np.float32,
 }
+MOMENTS = "moments"
 BLOCK = 16
 """Neighbouring rows that a shuffled batch takes together: one read, and still 256 places of the corpus a batch."""
 
@@ -72,27 +75,29 @@ def cache_activations(
     settings, source, out = settings or CacheSettings(), source or GeneratedTexts(), Path(out)
     layers = tuple(sorted(set(layers)))
     _check(pair, layers, settings)
-    manifest_path = out / "manifest.json"
     wanted = provenance(
         settings={**asdict(settings), "layers": layers},
         inputs={"pair": pair.sha256, "texts": json.dumps(source.identity(), sort_keys=True)},
     )
+    if already_done(out / MANIFEST, wanted, force=force) and read_json(out / MANIFEST)["complete"]:
+        return ActivationCache.open(out)
     with _only_writer(out):
-        begun = already_done(manifest_path, wanted, force=force)
-        manifest = read_json(manifest_path) if begun else _new_manifest(pair, layers, settings, source, wanted)
-        if manifest["complete"]:
-            return ActivationCache.open(out)
+        begun = already_done(out / MANIFEST, wanted, force=force)  # again: another writer may have come first
         plan = list(_deal(pair, source, settings.rows_per_shard))
         _check_plan(plan)
+        manifest = read_json(out / MANIFEST) if begun else _new_manifest(pair, layers, settings, source, wanted)
+        if force:
+            _clear(out, manifest)
+        sweep(out)
         done, total = 0, sum(len(text) for _, texts in plan for text in texts)
         for number, (split, texts) in enumerate(plan):
             if number == len(manifest["shards"]):
                 shard = _write_shard(out / f"shard-{number:05d}.h5", pair, layers, settings, split, texts)
                 manifest["shards"].append(shard)
-                write_json(manifest_path, manifest)
+                write_json(out / MANIFEST, manifest)
             done += sum(map(len, texts))
             on_rows(done, total, f"{split} rows")
-        write_json(manifest_path, {**manifest, "complete": True})
+        write_json(out / MANIFEST, {**manifest, "complete": True})
     return ActivationCache.open(out)
 
 
@@ -107,10 +112,14 @@ class ActivationCache:
     def open(cls, folder: Path) -> "ActivationCache":
         """The cache in `folder`; one that is missing, unfinished or short of a shard is an `InputError`."""
         folder = Path(folder)
-        if not (folder / "manifest.json").is_file():
+        if not (folder / MANIFEST).is_file():
             raise InputError(f"no activation cache in {folder}; run `sae-steer cache` first, or name one with --cache")
-        manifest = read_json(folder / "manifest.json")
-        if not manifest.get("complete"):
+        manifest = read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise InputError(
+                f"{folder / MANIFEST} is no manifest of format {FORMAT}; write the cache again with --force"
+            )
+        if not manifest["complete"]:
             raise InputError(f"the cache in {folder} is only half written; repeat `sae-steer cache`, it resumes")
         for shard in manifest["shards"]:
             path = folder / shard["file"]
@@ -121,7 +130,7 @@ class ActivationCache:
     @property
     def sha256(self) -> str:
         """The hash of the manifest, which holds those of the shards."""
-        return sha256(self.folder / "manifest.json")
+        return sha256(self.folder / MANIFEST)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -166,12 +175,12 @@ class ActivationCache:
 
     def labels(self, split: str) -> dict[str, np.ndarray]:
         """{name: [row]} every label of a split's rows."""
-        parts = [self._open(shard) for shard in self._shards(split)]
-        try:
-            return {name: np.concatenate([part[name][:] for part in parts]) for name in LABELS}
-        finally:
-            for part in parts:
-                part.close()
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in LABELS}
+        for shard in self._shards(split):
+            with self._open(shard) as file:
+                for name, parts in columns.items():
+                    parts.append(file[name][:])
+        return {name: np.concatenate(parts) for name, parts in columns.items()}
 
     def texts(self, split: str) -> list[Text]:
         """The split's texts with their labels, in row order."""
@@ -195,7 +204,10 @@ class ActivationCache:
     def rows(self, model: str, layer: int, split: str) -> "ActivationRows":
         """One model's stream after one block, over a split's rows."""
         if layer not in self.layers:
-            raise InputError(f"the cache in {self.folder} holds layers {self.layers}, not {layer}; cache it first")
+            raise InputError(
+                f"the cache in {self.folder} holds layers {', '.join(map(str, self.layers))}, not {layer}; "
+                f"write one with --layer {layer}"
+            )
         if model not in self.manifest["models"]:
             raise InputError(f"the cache in {self.folder} holds {' and '.join(self.manifest['models'])}, not {model!r}")
         dataset = f"{model}/{site(layer)}"
@@ -206,8 +218,8 @@ class ActivationCache:
                 maps.append(
                     np.memmap(file.filename, stored.dtype, mode="r", offset=stored.id.get_offset(), shape=stored.shape)
                 )
-                sums = sums + file[f"moments/{dataset}"][0]
-                squares = squares + file[f"moments/{dataset}"][1]
+                moments = file[f"{MOMENTS}/{dataset}"][:]
+            sums, squares = sums + moments[0], squares + moments[1]
         fixed = "/".join((*(shard["sha256"] for shard in self._shards(split)), dataset))
         return ActivationRows(tuple(maps), np.asarray(sums), np.asarray(squares), sha256(fixed.encode()))
 
@@ -217,12 +229,14 @@ class ActivationCache:
             raise InputError(f"the cache in {self.folder} has no '{split}' rows; write it with texts for that split")
         return found
 
-    def _open(self, shard: dict) -> h5py.File:
+    @contextmanager
+    def _open(self, shard: dict) -> Iterator[h5py.File]:
         path = self.folder / shard["file"]
         try:
-            return h5py.File(path, "r")
-        except OSError as error:
-            raise InputError(f"{path} is not a whole HDF5 file; write the cache again with --force") from error
+            with h5py.File(path, "r") as file:
+                yield file
+        except (OSError, KeyError, RuntimeError) as error:  # what h5py makes of damage, depending on where it is
+            raise InputError(f"{path} is damaged; write the cache again with --force") from error
 
 
 @dataclass(frozen=True)
@@ -269,9 +283,12 @@ class ActivationRows:
         return torch.from_numpy(np.concatenate(chosen).astype(np.float32))
 
     def batch(self, step: int, batch_size: int, seed: int) -> Float[Tensor, "batch d_model"]:
-        """Batch `step` of a seeded shuffle of all blocks of rows, a new one every epoch."""
+        """Batch `step` of a seeded shuffle of all blocks of rows, a new one every epoch.
+
+        Left out are a shard's last rows that fill no block, and of each epoch the blocks that fill no batch.
+        """
         per_batch = batch_size // BLOCK
-        if batch_size % BLOCK or per_batch > len(self._blocks):
+        if batch_size % BLOCK or not 0 < per_batch <= len(self._blocks):
             raise InputError(
                 f"a batch of {batch_size} rows cannot be cut from {self.n_rows} rows in blocks of {BLOCK}; "
                 "choose a smaller multiple of it, or cache more texts"
@@ -308,6 +325,9 @@ def _check(pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings) ->
         raise InputError("no layer to cache; name one with --layer")
     for layer in layers:
         pair.check_layer(layer)
+    for model in pair.models:
+        if model.name in (*LABELS, MOMENTS):
+            raise InputError(f"a model cannot be called '{model.name}', as one of the cache's data sets is; rename it")
 
 
 def _new_manifest(
@@ -327,6 +347,13 @@ def _new_manifest(
         "complete": False,
         "shards": [],
     }
+
+
+def _clear(folder: Path, manifest: dict) -> None:
+    """Begin anew: from here on `folder` holds an unfinished cache without shards, whatever was there before."""
+    write_json(folder / MANIFEST, manifest)
+    for shard in folder.glob("shard-*.h5"):
+        shard.unlink()
 
 
 def _deal(pair: ModelPair, source: TextSource, rows_per_shard: int) -> Iterator[tuple[str, list[Text]]]:
@@ -355,25 +382,26 @@ def _write_shard(
     path: Path, pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings, split: str, texts: list[Text]
 ) -> dict:
     """Run both models over `texts`, write the shard, and return its line of the manifest."""
-    rows = sum(map(len, texts))
-    with replacing(path) as scratch, h5py.File(scratch, "w") as file:
+    image = io.BytesIO()  # HDF5 that meets a full disk crashes the process; a file in memory cannot
+    with h5py.File(image, "w") as file:
         for name, column in _label_columns(texts).items():
             file.create_dataset(name, data=column.astype(LABELS[name]))
         for model in pair.models:
             for layer, resid in _streams(model, layers, texts, settings).items():
                 dataset = f"{model.name}/{site(layer)}"
-                stored = resid.astype(settings.dtype)
-                _check_finite(stored, texts, model.name, layer, settings.dtype)
+                stored = _stored(resid, texts, model.name, layer, settings.dtype)
                 file.create_dataset(dataset, data=stored)
                 exact = stored.astype(np.float64)
-                file.create_dataset(f"moments/{dataset}", data=np.stack([exact.sum(0), (exact**2).sum(0)]))
+                file.create_dataset(f"{MOMENTS}/{dataset}", data=np.stack([exact.sum(0), (exact**2).sum(0)]))
+    with replacing(path) as scratch:
+        scratch.write_bytes(image.getbuffer())
     return {
         "file": path.name,
         "split": split,
-        "rows": rows,
+        "rows": sum(map(len, texts)),
         "texts": len(texts),
-        "bytes": path.stat().st_size,
-        "sha256": sha256(path),
+        "bytes": image.getbuffer().nbytes,
+        "sha256": sha256(image.getvalue()),
     }
 
 
@@ -424,11 +452,14 @@ def length_batches(lengths: list[int], tokens_per_batch: int) -> Iterator[list[i
         yield batch
 
 
-def _check_finite(stored: np.ndarray, texts: list[Text], model: str, layer: int, dtype: str) -> None:
-    bad = np.argwhere(~np.isfinite(stored).all(axis=1))
+def _stored(resid: np.ndarray, texts: list[Text], model: str, layer: int, dtype: str) -> np.ndarray:
+    """The rows as stored; a value the type cannot hold is a `NotFiniteError` that names its place."""
+    with np.errstate(over="ignore"):  # told below, with the place
+        stored = resid.astype(dtype)
+    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
     if not len(bad):
-        return
-    row = int(bad[0, 0])
+        return stored
+    row = int(bad[0])
     starts = np.cumsum([0, *(len(text) for text in texts)])
     which = int(np.searchsorted(starts, row, side="right")) - 1
     raise NotFiniteError(

@@ -37,9 +37,11 @@ class SteerGroup(click.Group):
         try:
             return super().invoke(ctx)
         except SteerError as error:
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(" ".join(str(error).split())) from error
+        except BrokenPipeError:
+            raise  # click ends quietly where the reader of stdout has gone
         except OSError as error:
-            raise click.ClickException(f"{error}; free space, or name a writable folder with --out") from error
+            raise click.ClickException(f"{error}; free space, or name a folder that can be used") from error
         except KeyboardInterrupt as error:
             raise click.ClickException(
                 "interrupted; what is finished is kept, and the same command goes on from there"
@@ -84,7 +86,9 @@ sae_option = click.option(
 )
 layer_option = click.option("--layer", default=DEFAULT_LAYER, help="The block after which the stream is read.")
 force_option = click.option("--force", is_flag=True, help="Replace what was made with other settings.")
-seed_option = click.option("--seed", default=0, help="Fixes every random choice.")
+seed_option = click.option("--seed", default=0, type=click.IntRange(min=0), help="Fixes every random choice.")
+COUNT, SOME = click.IntRange(min=1), click.IntRange(min=0)
+"""How many, at least one; and how many, none allowed."""
 places_options = shared(pair_option, cache_option)
 dictionary_options = shared(pair_option, cache_option, sae_option, layer_option)
 
@@ -117,7 +121,7 @@ def run(pair, cache_folder, feature, out, force) -> None:
     "--init", type=click.Choice(["shared", "separate"]), default=PairTrainingSettings.init,
     help="shared: both continue one model trained on an equal mix; separate: two random starts.",
 )  # fmt: skip
-@click.option("--tokens", default=PairTrainingSettings.tokens, help="Training tokens a model.")
+@click.option("--tokens", default=PairTrainingSettings.tokens, type=COUNT, help="Training tokens a model.")
 @click.option("--lr", default=PairTrainingSettings.lr, help="Peak learning rate.")
 @click.option("--precision", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Of matrix products.")
 @click.option("--out", type=click.Path(path_type=Path), help="The pair's folder.  [default: pairs/PRESET]")
@@ -148,10 +152,12 @@ def train_pair(preset, init, tokens, lr, precision, out, seed, force) -> None:
 @click.option(
     "--texts", type=click.Path(path_type=Path), help="A .txt or .jsonl file to read instead of the generated corpus."
 )
-@click.option("--train-plans", default=CorpusSettings.train_plans, help="Generated plans to train dictionaries on.")
-@click.option("--scan-plans", default=CorpusSettings.scan_plans, help="Held-out plans to choose a feature on.")
-@click.option("--tune-plans", default=CorpusSettings.tune_plans, help="Held-out plans to set its size on.")
-@click.option("--confirm-plans", default=CorpusSettings.confirm_plans, help="Held-out plans to test it on.")
+@click.option(
+    "--train-plans", default=CorpusSettings.train_plans, type=SOME, help="Generated plans to train dictionaries on."
+)
+@click.option("--scan-plans", default=CorpusSettings.scan_plans, type=SOME, help="Plans to choose a feature on.")
+@click.option("--tune-plans", default=CorpusSettings.tune_plans, type=SOME, help="Plans to set its size on.")
+@click.option("--confirm-plans", default=CorpusSettings.confirm_plans, type=SOME, help="Plans to test it on.")
 @click.option("--dtype", type=click.Choice(["float16", "float32"]), default=CacheSettings.dtype, help="Type stored.")
 @click.option(
     "--precision",
@@ -187,10 +193,10 @@ def cache(pair, layers, texts, dtype, precision, out, seed, force, **plans) -> N
 @places_options
 @layer_option
 @click.option("--model", help="The model whose stream is learned.  [default: the target model]")
-@click.option("--k", default=SAESettings.k, help="Active features a row.")
-@click.option("--d-sae", default=SAESettings.d_sae, help="Features.")
-@click.option("--rows", default=SAESettings.rows, help="Rows read in all.")
-@click.option("--batch-size", default=SAESettings.batch_size, help="Rows a step.")
+@click.option("--k", default=SAESettings.k, type=COUNT, help="Active features a row.")
+@click.option("--d-sae", default=SAESettings.d_sae, type=COUNT, help="Features.")
+@click.option("--rows", default=SAESettings.rows, type=COUNT, help="Rows read in all.")
+@click.option("--batch-size", default=SAESettings.batch_size, type=COUNT, help="Rows a step.")
 @click.option("--lr", default=SAESettings.lr, help="Peak learning rate.")
 @click.option(
     "--precision", type=click.Choice(["bfloat16", "float32"]), default=SAESettings.precision, help="Of the encoder."
@@ -222,7 +228,7 @@ def train_sae(pair, cache_folder, layer, model, out, force, **knobs) -> None:
 
 @main.command()
 @dictionary_options
-@click.option("--top", default=10, help="How many of the most specific features to print.")
+@click.option("--top", default=10, type=SOME, help="How many of the most specific features to print.")
 @click.option("--min-rate", default=ScanSettings.min_rate, help="Least firing rate at the target model's onsets.")
 @click.option("--max-q", default=ScanSettings.max_q, help="Largest q over all features.")
 @click.option("--min-ratio", default=ScanSettings.min_ratio, help="Least ratio of the two models' rates.")
@@ -256,8 +262,10 @@ def scan(pair, cache_folder, sae_folder, layer, top, min_rate, max_q, min_ratio,
     type=click.Path(path_type=Path),
     help="The scan that top and like-2504 read.  [default: runs/PAIR/scan]",
 )
-@click.option("--prompts", default=InterveneSettings.prompts, help="Confirm-split texts at most.")
-@click.option("--generations", default=InterveneSettings.generations, help="Sampled plans an arm.")
+@click.option("--prompts", default=InterveneSettings.prompts, type=COUNT, help="Confirm-split texts at most.")
+@click.option(
+    "--generations", default=InterveneSettings.generations, type=SOME, help="Sampled plans an arm; 0 for none."
+)
 @out_option
 @seed_option
 @force_option
@@ -292,7 +300,7 @@ def intervene(
 
 @main.command()
 @places_options
-@click.option("--prompts", default=LayersSettings.prompts, help="Texts a rendering at most.")
+@click.option("--prompts", default=LayersSettings.prompts, type=COUNT, help="Texts a rendering at most.")
 @out_option
 @seed_option
 @force_option

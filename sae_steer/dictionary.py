@@ -3,14 +3,14 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sae_steer.cache import ActivationCache, site
+from sae_steer.cache import ActivationCache, ActivationRows, site
 from sae_steer.errors import InputError
-from sae_steer.records import already_done, provenance, read_json, write_json
-from sae_steer.runtime import World, sha256
+from sae_steer.records import already_done, provenance, write_json
+from sae_steer.runtime import World, sha256, sweep
 from sae_steer.sae.architectures import TopKSAE
 from sae_steer.sae.evaluation import evaluate
 from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
-from sae_steer.sae.saelens import CONFIG_FILE, WEIGHTS_FILE, load_sae, save_sae
+from sae_steer.sae.saelens import WEIGHTS_FILE, load_sae, read_metadata, save_sae
 from sae_steer.sae.training import train_topk
 from sae_steer.settings import SAESettings
 
@@ -61,30 +61,24 @@ def train_sae(
     """
     settings = settings or SAESettings()
     out = Path(out or Path("runs", cache.manifest["pair"], "saes", default_folder(model, layer, settings)))
-    rows = cache.rows(model, layer, "train")
-    wanted = provenance(settings=settings, inputs={"rows": rows.fingerprint, "model": model, "layer": str(layer)})
+    rows, held_out = (cache.rows(model, layer, split) for split in ("train", "scan"))
+    inputs = {"rows": rows.fingerprint, "held_out": held_out.fingerprint, "model": model, "layer": str(layer)}
+    wanted = provenance(settings=settings, inputs=inputs)
     if already_done(out / RECORD_FILE, wanted, force=force):
         return load_dictionary(out)
     world, state = World.local(precision=settings.precision), out / "training" / "state.safetensors"
+    sweep(state.parent)
     if force:
         state.unlink(missing_ok=True)
     logs = Together(jsonl_log(out / "training" / "log.jsonl"), log or Quiet())
     trained = train_topk(rows, settings, world=world, log=logs, checkpoint=state)
-    exact = World.local(precision="float32")
-    held_out = evaluate(trained.sae, cache.rows(model, layer, "scan").in_order(), exact)
-    seen = evaluate(trained.sae, rows.in_order(), exact)
     record = {
         "provenance": wanted,
         "model": model,
         "layer": layer,
         "hook": site(layer),
         "model_sha256": cache.manifest["models"][model]["sha256"],
-        "final_fve": held_out.fve,
-        "final_l0": held_out.l0,
-        "dead_pct_train": 100 * seen.dead_share,
-        "dead_pct_heldout": 100 * held_out.dead_share,
-        "heldout_rows": held_out.rows,
-        "train_rows": seen.rows,
+        **_figures(trained.sae, rows, held_out),
         "steps": trained.steps,
     }
     save_sae(trained.sae, out, metadata={**record, "settings": asdict(settings)})
@@ -93,14 +87,28 @@ def train_sae(
     return load_dictionary(out)
 
 
+def _figures(sae: TopKSAE, seen: ActivationRows, held_out: ActivationRows) -> dict:
+    """How well the dictionary explains the rows it learned from, and rows of tasks it never saw."""
+    exact = World.local(precision="float32")
+    train, fresh = (evaluate(sae, rows.in_order(), exact) for rows in (seen, held_out))
+    return {
+        "final_fve": fresh.fve,
+        "final_l0": fresh.l0,
+        "dead_pct_train": 100 * train.dead_share,
+        "dead_pct_heldout": 100 * fresh.dead_share,
+        "heldout_rows": fresh.rows,
+        "train_rows": train.rows,
+    }
+
+
 def load_dictionary(folder: Path) -> Dictionary:
     """The dictionary in a folder `train_sae` wrote, its weights in float32."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no dictionary in {folder}; run `sae-steer train-sae` first, or name one with --sae")
     sae = load_sae(folder).requires_grad_(False)
-    known = read_json(folder / CONFIG_FILE)["metadata"].get("sae_steer")
-    if not known:
+    known = read_metadata(folder)
+    if not {"model", "layer", "model_sha256"} <= known.keys():
         raise InputError(
             f"{folder} does not say which model and layer it was trained on; train one with `sae-steer train-sae`"
         )
@@ -112,8 +120,8 @@ def check_fits(dictionary: Dictionary, cache: ActivationCache) -> None:
     models = cache.manifest["models"]
     if dictionary.model not in models:
         raise InputError(
-            f"the dictionary {dictionary.name} is of model '{dictionary.model}', and this cache holds {' and '.join(models)}; "
-            "train one on this cache"
+            f"the dictionary {dictionary.name} is of model '{dictionary.model}', and this cache holds "
+            f"{' and '.join(models)}; train one on this cache"
         )
     width = models[dictionary.model]["d_model"]
     if dictionary.sae.config.d_in != width:
@@ -123,5 +131,11 @@ def check_fits(dictionary: Dictionary, cache: ActivationCache) -> None:
         )
     if dictionary.record["model_sha256"] != models[dictionary.model]["sha256"]:
         raise InputError(
-            f"the dictionary {dictionary.name} was trained on another model called '{dictionary.model}'; train one on this cache"
+            f"the dictionary {dictionary.name} was trained on another model called '{dictionary.model}'; "
+            "train one on this cache"
+        )
+    if dictionary.layer not in cache.layers:
+        raise InputError(
+            f"the dictionary {dictionary.name} is of layer {dictionary.layer}, and this cache holds layers "
+            f"{', '.join(map(str, cache.layers))}; cache that layer too"
         )

@@ -20,9 +20,8 @@ def describe(path: Path) -> tuple[str, bool]:
     records = sorted(path.glob("**/*.json"))
     if not records:
         raise InputError(f"{path} holds no pair, cache, dictionary or record")
-    return "\n".join(
-        [f"folder with {len(records)} records", *(f"  {record.relative_to(path)}" for record in records)]
-    ), True
+    names = [f"  {record.relative_to(path)}" for record in records]
+    return "\n".join([f"folder with {len(names)} records", *names]), True
 
 
 def _pair(path: Path) -> tuple[str, bool]:
@@ -36,8 +35,8 @@ def _cache(path: Path) -> tuple[str, bool]:
     rows = sum(shard["rows"] for shard in cache.manifest["shards"])
     wrong = cache.verify()
     head = (
-        f"activation cache of pair '{cache.manifest['pair']}': {rows:,} rows in {len(cache.manifest['shards'])} shards, "
-        f"layers {list(cache.layers)}, {cache.manifest['dtype']}, texts {', '.join(cache.variants)}"
+        f"activation cache of pair '{cache.manifest['pair']}': {rows:,} rows in {len(cache.manifest['shards'])} "
+        f"shards, layers {list(cache.layers)}, {cache.manifest['dtype']}, texts {', '.join(cache.variants)}"
     )
     return "\n".join([head, *(wrong or ["  every checksum is right"])]), not wrong
 
@@ -56,4 +55,10 @@ def _record(path: Path) -> str:
     origin = record.get("provenance") if isinstance(record, dict) else None
     if not origin:
         raise InputError(f"{path} is JSON without a provenance: no record of this package")
-    return f"record made by sae-steer {origin['sae_steer']} at commit {origin['commit']}\n  settings {json.dumps(origin['settings'])}\n  inputs {json.dumps(origin['inputs'])}"
+    return "\n".join(
+        [
+            f"record made by sae-steer {origin['sae_steer']} at commit {origin['commit'] or 'unknown'}",
+            f"  settings {json.dumps(origin['settings'])}",
+            f"  inputs {json.dumps(origin['inputs'])}",
+        ]
+    )

@@ -40,7 +40,10 @@ def commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:  # a checkout on a machine without git
+        return None
     return found.stdout.strip() or None
 
 
@@ -86,7 +89,10 @@ def already_done(path: Path, wanted: dict, *, force: bool = False) -> bool:
     """
     if force or not Path(path).is_file():
         return False
-    found = read_json(path).get("provenance", {})
+    record = read_json(path)
+    found = record.get("provenance") if isinstance(record, dict) else None
+    if not isinstance(found, dict):
+        raise StaleError(f"{path} does not say what it was made from; choose another --out, or --force to replace it")
     difference = _first_difference(found, wanted)
     if difference:
         raise StaleError(

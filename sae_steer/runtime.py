@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from safetensors import SafetensorError
 
-from sae_steer.errors import SteerError
+from sae_steer.errors import InputError, SteerError
+
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+UNFINISHED = ".tmp"
+"""How the name of a file ends while it is written."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,10 @@ class World:
     @classmethod
     def local(cls, *, precision: str = "bfloat16", device: str | None = None) -> "World":
         """This process on `device`, or on the GPU if there is one."""
+        if precision not in PRECISIONS:
+            raise InputError(f"no precision {precision!r}; choose {' or '.join(PRECISIONS)}")
         found = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(torch.device(found), None if precision == "float32" else getattr(torch, precision))
+        return cls(torch.device(found), PRECISIONS[precision])
 
     def compute(self) -> AbstractContextManager:
         """A context whose matrix products run at this world's precision."""
@@ -48,14 +55,15 @@ def generator(*seeds: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed % 2**63)
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What long work tells its caller: the command line draws it, tests collect it."""
 
-    def __call__(self, done: float, total: float, note: str = "") -> None:
+    def __call__(self, done: int, total: int, note: str = "") -> None:
         """`done` of `total` units are finished; `note` is a short status for people."""
 
 
-def silent(done: float, total: float, note: str = "") -> None:
+def silent(done: int, total: int, note: str = "") -> None:
     """The `Progress` that says nothing."""
 
 
@@ -63,13 +71,14 @@ def silent(done: float, total: float, note: str = "") -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; renamed onto it, whole and synced, when the block ends well.
 
-    A folder that cannot be written and a full disk become a `SteerError`, and `path` stays as it was.
+    A folder that cannot be written and a full disk become a `SteerError`, and `path` stays as it was. A killed
+    process leaves its unfinished file; `sweep` removes it.
     """
     path = Path(path)
     scratch = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
         os.close(handle)
         scratch = Path(name)
         yield scratch
@@ -79,13 +88,18 @@ def replacing(path: Path) -> Iterator[Path]:
         os.umask(mask)
         scratch.chmod(0o666 & ~mask)  # mkstemp makes files private
         scratch.replace(path)
-    except OSError as error:
-        raise SteerError(
-            f"cannot write {path}: {error.strerror or error}; free space or name a writable folder with --out"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SteerError(f"cannot write {path}: {reason}; free space or name a writable folder with --out") from error
     finally:
         if scratch is not None:
             scratch.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left unfinished in `folder`; call it where no other process writes."""
+    for left in Path(folder).glob(f".*{UNFINISHED}"):
+        left.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -108,7 +122,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
     """The tensors and facts `write_tensors` wrote."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, "pt") as file:

@@ -25,8 +25,9 @@ from sae_steer.runtime import Progress, silent
 from sae_steer.sae.architectures import TopKSAE
 from sae_steer.settings import ScanSettings
 
-RECORD_FILE, TABLE_FILE = "feature_diff.json", "features.parquet"
+RECORD_FILE, TABLE_FILE, BY_TASK_FILE = "feature_diff.json", "features.parquet", "by_task.parquet"
 TOP = 20
+"""Features listed in the record."""
 
 
 class FiringCounter:
@@ -127,14 +128,20 @@ class FeatureScan:
 
     def like_2504(self) -> int:
         """The feature nearest the released phenotype: fires at .59 of onsets, at no more than .005 in the reference."""
-        silent_there = np.flatnonzero(self.reference_rate <= self.settings.like_max_reference)
-        if not len(silent_there):
+        candidates = self._like_2504
+        if not len(candidates):
             raise InputError(
-                f"every feature fires at more than {self.settings.like_max_reference} of onsets in '{self.reference}'; "
-                "name a feature by its index"
+                f"every feature of '{self.target}' fires at more than {self.settings.like_max_reference} of the onsets "
+                f"in '{self.reference}'; name one by its index"
             )
-        distance = np.abs(self.target_rate[silent_there] - self.settings.like_rate)
-        return int(silent_there[np.argmin(distance)])
+        return int(candidates[0])
+
+    @cached_property
+    def _like_2504(self) -> Int[np.ndarray, " candidate"]:
+        """Features all but silent in the reference, nearest the released rate first."""
+        limits = self.settings
+        found = np.flatnonzero((self.target_rate > 0) & (self.reference_rate <= limits.like_max_reference))
+        return found[np.argsort(np.abs(self.target_rate[found] - limits.like_rate), kind="stable")]
 
     def resolve(self, feature: str) -> int:
         """The index meant by `top`, `like-2504` or a number."""
@@ -158,7 +165,8 @@ class FeatureScan:
             fires = [f"{row[f'{side}_hits']} ({row[f'{side}_rate']:.4f})" for side in ("target", "reference")]
             lines.append(f"{feature:>8} {fires[0]:>16} {fires[1]:>16} {odds:>22} {row['q']:>9.1e}")
         lines.append(
-            f"{self.specific.sum()} of {self.alive.sum()} alive features are specific, of {self.trials.sum()} onsets of {len(self.trials)} tasks"
+            f"{self.specific.sum()} of {self.alive.sum()} alive features are specific; "
+            f"counted at {self.trials.sum()} onsets of {len(self.trials)} tasks"
         )
         return "\n".join(lines)
 
@@ -208,43 +216,43 @@ def scan_features(
     on_rows: Progress = silent,
 ) -> FeatureScan:
     """Count the dictionary's firings over a split of the cache, in both models."""
-    settings = settings or ScanSettings()
     check_fits(dictionary, cache)
     target = dictionary.model
     reference = next(name for name in cache.manifest["models"] if name != target)
     labels = cache.labels(split)
-    tasks, task = np.unique(labels["task"], return_inverse=True)
     onset, rendering = labels["is_onset"].astype(bool), labels["text_variant"].astype(np.int64)
-    if not onset.any():
-        raise InputError(f"the '{split}' texts have no onset; check the pair's [onset] and the texts")
     among = onset & np.isin(rendering, cache.own_variants(target))
-    cell, by_task = rendering * 2 + ~onset, np.where(among, task, -1)
+    tasks, task = np.unique(labels["task"][among], return_inverse=True)
+    if len(tasks) < 2:
+        raise InputError(
+            f"the '{split}' texts have onsets of {len(tasks)} tasks, and intervals over tasks need 2 or more; "
+            "cache more texts, or check the pair's [onset]"
+        )
+    by_task = np.full(len(onset), -1)
+    by_task[among] = task
+    cell, names = rendering * 2 + ~onset, [f"{v}/{place}" for v in cache.variants for place in ("onset", "elsewhere")]
     counters = {}
-    total = 2 * len(cell)
-    for number, model in enumerate((target, reference)):
-        counter, start = FiringCounter(dictionary.sae.config.d_sae, 2 * len(cache.variants), len(tasks)), 0
+    for done, model in enumerate((target, reference)):
+        counters[model] = FiringCounter(dictionary.sae.config.d_sae, len(names), len(tasks))
+        start = 0
         for resid in cache.rows(model, dictionary.layer, split).in_order():
             here = slice(start, start + len(resid))
-            counter.update(dictionary.sae, resid, cell[here], by_task[here])
-            start += len(resid)
-            on_rows(number * len(cell) + start, total, f"rows of {model}")
-        counters[model] = counter
-    sizes = np.bincount(cell, minlength=2 * len(cache.variants))
-    names = [f"{variant}/{place}" for variant in cache.variants for place in ("onset", "elsewhere")]
-    trials = np.bincount(task[among], minlength=len(tasks))
-    kept = trials > 0
+            counters[model].update(dictionary.sae, resid, cell[here], by_task[here])
+            start = here.stop
+            on_rows(done * len(cell) + start, 2 * len(cell), f"rows of {model}")
+    sizes = np.bincount(cell, minlength=len(names)).tolist()
     return FeatureScan(
         dictionary=dictionary.name,
         target=target,
         reference=reference,
-        cells={f"{m}/{name}": int(size) for m in counters for name, size in zip(names, sizes, strict=True)},
+        cells={f"{model}/{name}": size for model in counters for name, size in zip(names, sizes, strict=True)},
         hits={
-            f"{m}/{name}": counter.hits[i].numpy() for m, counter in counters.items() for i, name in enumerate(names)
+            f"{model}/{name}": kept.hits[i].numpy() for model, kept in counters.items() for i, name in enumerate(names)
         },
-        target_hits=counters[target].task_hits.numpy()[kept],
-        reference_hits=counters[reference].task_hits.numpy()[kept],
-        trials=trials[kept],
-        settings=settings,
+        target_hits=counters[target].task_hits.numpy(),
+        reference_hits=counters[reference].task_hits.numpy(),
+        trials=np.bincount(task),
+        settings=settings or ScanSettings(),
         record=dictionary.record,
     )
 
@@ -266,30 +274,24 @@ def scan_provenance(cache: ActivationCache, dictionary: Dictionary, settings: Sc
 
 
 def save_scan(scan: FeatureScan, folder: Path, origin: Mapping) -> Path:
-    """Write `feature_diff.json` (the released keys, then ours), the table, and the counts by task."""
-    columns = scan.columns
-    write_table(folder / TABLE_FILE, columns)
-    write_table(
-        folder / "by_task.parquet",
-        {"onsets": scan.trials, "target_hits": list(scan.target_hits), "reference_hits": list(scan.reference_hits)},
-    )
-    figures = {key: scan.record.get(key) for key in ("final_fve", "final_l0", "dead_pct_train", "dead_pct_heldout")}
-    target_rate, reference_rate = scan.onset_rate(scan.target), scan.onset_rate(scan.reference)
-    specific = sorted(np.flatnonzero(scan.specific), key=lambda feature: -target_rate[feature])
+    """Write the table, the counts by task, and `feature_diff.json`: the released keys, then ours.
+
+    The record is removed first and written last, so a folder that has one is whole.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECORD_FILE).unlink(missing_ok=True)
+    write_table(folder / TABLE_FILE, scan.columns)
+    by_task = {
+        "onsets": scan.trials,
+        "target_hits": list(scan.target_hits),
+        "reference_hits": list(scan.reference_hits),
+    }
+    write_table(folder / BY_TASK_FILE, by_task)
+    nearest = scan._like_2504[:1].tolist()
     record = {
         "provenance": origin,
-        "sae_results": {scan.dictionary.removesuffix("_hook_resid_post"): figures},
-        "primary_count": int(scan.specific.sum()),
-        "symmetry_count": None,
-        "layer_control_count": None,
-        "primary_top_features": [
-            {
-                "feat_id": int(feature),
-                f"{_short(scan.target)}_rate": float(target_rate[feature]),
-                f"{_short(scan.reference)}_rate": float(reference_rate[feature]),
-            }
-            for feature in specific[:TOP]
-        ],
+        **_released(scan),
         "dictionary": scan.dictionary,
         "target": scan.target,
         "reference": scan.reference,
@@ -300,11 +302,27 @@ def save_scan(scan: FeatureScan, folder: Path, origin: Mapping) -> Path:
         "d_sae": scan.d_sae,
         "criteria": asdict(scan.settings),
         "top": [scan.row(feature) for feature in scan.top(TOP)],
-        "like_2504": scan.row(scan.like_2504())
-        if (scan.reference_rate <= scan.settings.like_max_reference).any()
-        else None,
+        "like_2504": scan.row(nearest[0]) if nearest else None,
     }
     return write_json(folder / RECORD_FILE, record)
+
+
+def _released(scan: FeatureScan) -> dict:
+    """The keys of the released study's record; those that need another dictionary's scan are null."""
+    figures = {key: scan.record.get(key) for key in ("final_fve", "final_l0", "dead_pct_train", "dead_pct_heldout")}
+    rates = {f"{_short(model)}_rate": scan.onset_rate(model) for model in (scan.target, scan.reference)}
+    specific = np.flatnonzero(scan.specific)
+    falling = specific[np.argsort(-scan.onset_rate(scan.target)[specific], kind="stable")]
+    return {
+        "sae_results": {scan.dictionary.removesuffix("_hook_resid_post"): figures},
+        "primary_count": len(specific),
+        "symmetry_count": None,
+        "layer_control_count": None,
+        "primary_top_features": [
+            {"feat_id": feature, **{key: float(rate[feature]) for key, rate in rates.items()}}
+            for feature in falling[:TOP].tolist()
+        ],
+    }
 
 
 def load_scan(folder: Path, dictionary: Dictionary) -> FeatureScan:
@@ -312,15 +330,14 @@ def load_scan(folder: Path, dictionary: Dictionary) -> FeatureScan:
     folder = Path(folder)
     if not (folder / RECORD_FILE).is_file():
         raise InputError(f"no scan in {folder}; run `sae-steer scan` first, or name one with --scan")
-    record, table, by_task = (
-        read_json(folder / RECORD_FILE),
-        read_table(folder / TABLE_FILE),
-        read_table(folder / "by_task.parquet"),
-    )
+    record = read_json(folder / RECORD_FILE)
+    if "provenance" not in record:  # the released study's record has this name too
+        raise InputError(f"{folder / RECORD_FILE} was not written by sae-steer; run `sae-steer scan`")
     if record["provenance"]["inputs"]["dictionary"] != dictionary.sha256:
         raise InputError(
             f"the scan in {folder} is of another dictionary than {dictionary.name}; run `sae-steer scan` again"
         )
+    table, by_task = read_table(folder / TABLE_FILE), read_table(folder / BY_TASK_FILE)
     return FeatureScan(
         dictionary=record["dictionary"],
         target=record["target"],

@@ -6,22 +6,46 @@
 A finished stage is found again by its settings and the hashes of its inputs; one made with others is refused.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import Dictionary, default_folder, train_sae
+from sae_steer.errors import SteerError
 from sae_steer.findings import layer_probability as layers
 from sae_steer.interventions.study import RECORD_FILE as STUDY_RECORD
 from sae_steer.interventions.study import Study, intervene, load_study, study_provenance
 from sae_steer.pair.model_pair import ModelPair
+from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.records import already_done, write_json
 from sae_steer.runtime import Progress, silent, timed
 from sae_steer.sae.log import Log
 from sae_steer.scan import RECORD_FILE as SCAN_RECORD
 from sae_steer.scan import FeatureScan, load_scan, save_scan, scan_features, scan_provenance
-from sae_steer.settings import DEFAULT_LAYER, InterveneSettings, LayersSettings, SAESettings, ScanSettings
+from sae_steer.settings import (
+    DEFAULT_LAYER,
+    CacheSettings,
+    CorpusSettings,
+    InterveneSettings,
+    LayersSettings,
+    SAESettings,
+    ScanSettings,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """The settings of every stage of `run_study`."""
+
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    sae: SAESettings = field(default_factory=SAESettings)
+    scan: ScanSettings = field(default_factory=ScanSettings)
+    intervene: InterveneSettings = field(default_factory=InterveneSettings)
+    layers: LayersSettings = field(default_factory=LayersSettings)
 
 
 @dataclass(frozen=True)
@@ -68,7 +92,7 @@ def find_or_scan(
     settings = settings or ScanSettings()
     origin = scan_provenance(cache, dictionary, settings)
     if not already_done(out / SCAN_RECORD, origin, force=force):
-        with timed(out):
+        with _into(out):
             save_scan(scan_features(cache, dictionary, settings=settings, on_rows=on_rows), out, origin)
     return load_scan(out, dictionary)
 
@@ -88,7 +112,7 @@ def find_or_intervene(
     settings = settings or InterveneSettings()
     origin = study_provenance(pair, cache, dictionary, feature, settings)
     if not already_done(out / STUDY_RECORD, origin, force=force):
-        with timed(out):
+        with _into(out):
             intervene(pair, dictionary, feature=feature, cache=cache, settings=settings, on_step=on_step).save(out)
     return load_study(out)
 
@@ -105,7 +129,7 @@ def find_or_read_layers(
     """The path of the layer curves in `out`, made now unless they are there."""
     settings, path = settings or LayersSettings(), out / layers.RECORD_FILE
     if not already_done(path, layers.layers_provenance(pair, cache, settings), force=force):
-        with timed(out):
+        with _into(out):
             write_json(path, layers.layer_probability(pair, cache, settings=settings, on_step=on_step))
     return path
 
@@ -115,20 +139,49 @@ def run_study(
     places: Places,
     *,
     feature: str = "top",
+    settings: StudySettings | None = None,
     force: bool = False,
     progress: Callable[[str], Progress] = lambda stage: silent,
     log: Log | None = None,
 ) -> Path:
-    """Every stage with its default settings, `feature` as the one intervened on; returns the report's path."""
+    """Every stage on the default layer, `feature` as the one intervened on; returns the report's path."""
     from sae_steer.report.page import write_report  # matplotlib takes a second that no other stage needs
 
-    cache = cache_activations(pair, out=places.cache, force=force, on_rows=progress("cache"))
-    where = places.dictionary(pair.target.name, DEFAULT_LAYER)
-    dictionary = train_sae(cache, model=pair.target.name, layer=DEFAULT_LAYER, out=where, force=force, log=log)
-    scan = find_or_scan(cache, dictionary, places.scan, force=force, on_rows=progress("scan"))
-    chosen = scan.resolve(feature)
-    find_or_intervene(
-        pair, cache, dictionary, chosen, places.intervene(chosen), force=force, on_step=progress("intervene")
+    settings, target = settings or StudySettings(), pair.target.name
+    check_writable(places.run)
+    cache = cache_activations(
+        pair,
+        out=places.cache,
+        settings=settings.cache,
+        source=GeneratedTexts(settings.corpus),
+        force=force,
+        on_rows=progress("cache"),
     )
-    find_or_read_layers(pair, cache, places.layers, force=force, on_step=progress("layers"))
-    return write_report(places.run)
+    where = places.dictionary(target, DEFAULT_LAYER, settings.sae)
+    dictionary = train_sae(
+        cache, model=target, layer=DEFAULT_LAYER, out=where, settings=settings.sae, force=force, log=log
+    )
+    scan = find_or_scan(cache, dictionary, places.scan, settings=settings.scan, force=force, on_rows=progress("scan"))
+    chosen = scan.resolve(feature)
+    out, told = places.intervene(chosen), progress("intervene")
+    find_or_intervene(pair, cache, dictionary, chosen, out, settings=settings.intervene, force=force, on_step=told)
+    find_or_read_layers(pair, cache, places.layers, settings=settings.layers, force=force, on_step=progress("layers"))
+    return write_report(places.run, on_step=progress("report"))
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder`, or raise the `SteerError` that writing there would end in, before hours are spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SteerError(f"cannot write {folder}: {error.strerror}; name a writable folder with --out") from error
+    if not os.access(folder, os.W_OK):
+        raise SteerError(f"cannot write {folder}: permission denied; name a writable folder with --out")
+
+
+@contextmanager
+def _into(folder: Path) -> Iterator[None]:
+    """A stage that writes into `folder`, with the time it took beside its result."""
+    check_writable(folder)
+    with timed(folder):
+        yield

@@ -16,9 +16,9 @@ class Bar:
     title: str
     _started: float = field(default_factory=time.monotonic)
     _said: float = field(default_factory=time.monotonic)
-    _first: float | None = None
+    _first: int | None = None
 
-    def __call__(self, done: float, total: float, note: str = "") -> None:
+    def __call__(self, done: int, total: int, note: str = "") -> None:
         """Draw how far the work is and how long the rest will take."""
         now = time.monotonic()
         if self._first is None:  # a resumed run starts part-way: the rate is that of this process
@@ -31,9 +31,8 @@ class Bar:
         left = (now - self._started) / advanced * (total - done) if advanced else None
         rest = "" if left is None or done >= total else f", {_spell(left)} left"
         line = f"{self.title}: {done / max(total, 1):4.0%}{rest}  {note}"
-        print(
-            f"\r\x1b[2K{line}" if live else line, end="" if live and done < total else "\n", file=sys.stderr, flush=True
-        )
+        end = "" if live and done < total else "\n"
+        print(f"\r\x1b[2K{line}" if live else line, end=end, file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -123,6 +123,14 @@ class PlanTokenizer:
             raise InputError(f"the tokenizer has no token {token!r}; it has {self._names}")
         return found
 
+    def disagreements(self, other: "PlanTokenizer") -> list[int]:
+        """Ids that both vocabularies have and give to different tokens; further rows in one of them are none."""
+        ours, theirs = (
+            {row: token for token, row in each._parsing.get_vocab(with_added_tokens=True).items()}
+            for each in (self, other)
+        )
+        return sorted(row for row in ours.keys() & theirs.keys() if ours[row] != theirs[row])
+
     @cached_property
     def _added(self) -> dict[int, AddedToken]:
         return self._parsing.get_added_tokens_decoder()

@@ -5,6 +5,7 @@ nostalgebraist 2020); after the last block that is the model's own output. Inter
 """
 
 from collections.abc import Mapping
+from itertools import product
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 
 from sae_steer import stats
 from sae_steer.cache import ActivationCache, length_batches
+from sae_steer.errors import InputError
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.readout import target_mass
 from sae_steer.model.training import pad
@@ -42,17 +44,16 @@ def layer_probability(
     cache.check_pair(pair)
     tokens = cache.target_tokens(pair)
     texts = cache.texts("confirm")
+    readings = list(product(pair.models, enumerate(cache.variants)))
     curves = []
-    for number, model in enumerate(pair.models):
-        for variant, rendering in enumerate(cache.variants):
-            on_step(
-                number * len(cache.variants) + variant, 2 * len(cache.variants), f"{model.name} on {rendering} texts"
-            )
-            chosen = [text for text in texts if text.variant == variant and text.is_onset.any()][: settings.prompts]
-            if chosen:
-                curves.append(
-                    {"model": model.name, "rendering": rendering, **_curve(model.decoder, chosen, tokens.ids, settings)}
-                )
+    for done, (model, (variant, rendering)) in enumerate(readings):
+        on_step(done, len(readings), f"{model.name} on {rendering} texts")
+        chosen = [text for text in texts if text.variant == variant and text.is_onset.any()][: settings.prompts]
+        if chosen:
+            _check_tasks(chosen, rendering)
+            curve = _curve(model.decoder, chosen, tokens.ids, settings)
+            curves.append({"model": model.name, "rendering": rendering, **curve})
+    on_step(len(readings), len(readings), "measured")
     return {
         "provenance": layers_provenance(pair, cache, settings),
         "pair": pair.name,
@@ -63,6 +64,14 @@ def layer_probability(
         },
         "curves": curves,
     }
+
+
+def _check_tasks(texts: list[Text], rendering: str) -> None:
+    if len({text.task for text in texts}) < 2:
+        raise InputError(
+            f"the confirm texts in the '{rendering}' rendering are all of one task, and intervals over tasks need 2 or "
+            "more; cache more texts, or raise --prompts"
+        )
 
 
 def _curve(model: Decoder, texts: list[Text], target: tuple[int, ...], settings: LayersSettings) -> dict:

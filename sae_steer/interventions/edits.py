@@ -47,7 +47,7 @@ class ZeroAblate:
 
     def __call__(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
         """The rows with the feature's contribution scaled away; rows where it is silent are untouched."""
-        active = self.sae.activation_of(resid.flatten(0, -2), self.feature).unflatten(0, resid.shape[:-1])
+        active = self.sae.activation_of(resid.reshape(-1, resid.shape[-1]), self.feature).reshape(resid.shape[:-1])
         return resid - self.strength * active[..., None] * self.sae.direction(self.feature)
 
 

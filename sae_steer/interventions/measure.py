@@ -21,13 +21,11 @@ TOKENS_PER_BATCH = 4_096
 
 @dataclass(frozen=True)
 class OnsetBatch:
-    """Texts of like length and the positions to edit and read; short rows repeat their first position."""
+    """Texts of like length and the positions to edit and read; a row with fewer repeats its own, which are not real."""
 
     tokens: Int[Tensor, "batch pos"]
     positions: Int[Tensor, "batch edit"]
     real: Bool[Tensor, "batch edit"]
-    texts: tuple[int, ...]
-    """Which texts these are."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,6 @@ class OnsetRows:
                     tokens=pad([texts[i].token.tolist() for i in members], 0),
                     positions=torch.from_numpy(padded.astype(np.int64)),
                     real=torch.arange(width) < counts[:, None],
-                    texts=tuple(members),
                 )
             )
             rows += [(i, int(position)) for i in members for position in chosen[i]]

@@ -5,106 +5,116 @@ each null draw takes two different baseline seeds of every prompt. The observed 
 steered and one baseline sample a prompt, and so is distributed like the null if the edit does nothing.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Int
 
 from sae_steer import stats
 from sae_steer.cache import site
+from sae_steer.corpus import parse_plan
 from sae_steer.interventions.variants import FeatureEdit, Variant
 from sae_steer.model.replay import edited
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.quality import sample_plans, step_counts
+from sae_steer.pair.texts import Text
 from sae_steer.settings import InterveneSettings
 
 STEPS, STRICT, LENIENT = range(3)
+MATCHERS = {"strict": STRICT, "lenient": LENIENT}
 CHUNK = 320
 """Plans sampled at once."""
-MATCHERS = {"strict": STRICT, "lenient": LENIENT}
+
+Counts = Int[np.ndarray, "prompt 3"]
+"""Steps, target steps, steps with a lenient keyword."""
+
+
+def plan_titles(pair: ModelPair, texts: Sequence[Text]) -> list[str]:
+    """What to sample plans for: the titles of the texts, or none if one of them is no plan."""
+    plans = [parse_plan(pair.tokenizer.decode(text.token.tolist())) for text in texts]
+    if pair.onsets.regex is not None or not all(plan.well_formed for plan in plans):
+        return []
+    return [plan.title for plan in plans]
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """Unedited samples of one model."""
+class SampledArms:
+    """Samples of plans under each variant's edit, and of the unedited models once."""
 
-    counts: Int[np.ndarray, "prompt seed 3"]
-    """Steps, target steps, steps with a lenient keyword."""
+    pair: ModelPair
+    layer: int
+    """The dictionary's."""
+    edit: FeatureEdit
+    titles: list[str]
+    settings: InterveneSettings
+    _baselines: dict[str, Int[np.ndarray, "prompt seed 3"]] = field(default_factory=dict)
 
-    def rate(self, matcher: str) -> float:
-        """Matched steps over steps, all seeds together."""
-        return float(self.counts[..., MATCHERS[matcher]].sum() / self.counts[..., STEPS].sum())
+    def read(self, variant: Variant, number: int) -> dict | None:
+        """One sample a prompt under the variant's edit at every delimiter, compared with the baseline.
 
-    def null(self, matcher: str, settings: InterveneSettings) -> np.ndarray:
-        """What two samples of the model differ by."""
-        hits, steps = self.counts[..., MATCHERS[matcher]], self.counts[..., STEPS]
-        return stats.aa_null(hits, steps, draws=settings.null_draws, seed=settings.seed)
+        None without prompts, and if the unedited model writes so few steps that a null draw could hold none.
+        `number` fixes the arm's noise; that of the baseline is 0.
+        """
+        if not self.titles:
+            return None
+        model = variant.model(self.pair)
+        baseline = self._baseline(model)
+        if not baseline[..., STEPS].min(axis=1).any():
+            return None
+        delimiters = tuple(self.pair.tokenizer.token_id(token) for token in self.pair.onsets.tokens)
+        steer = edited(
+            model.decoder,
+            site(self.layer - variant.layers_below),
+            self.edit.of(variant, self.settings.primary_dose),
+            after=delimiters,
+        )
+        return compare(self._sample(model, self.titles, number, steer), baseline, self.settings)
+
+    def _baseline(self, model: NamedModel) -> Int[np.ndarray, "prompt seed 3"]:
+        if model.name not in self._baselines:
+            seeds = self.settings.baseline_seeds
+            counts = self._sample(model, self.titles * seeds, 0, nullcontext())
+            self._baselines[model.name] = counts.reshape(seeds, len(self.titles), 3).transpose(1, 0, 2)
+        return self._baselines[model.name]
+
+    def _sample(self, model: NamedModel, titles: list[str], number: int, edit: AbstractContextManager) -> Counts:
+        texts: list[str] = []
+        temperature, seed = self.settings.temperature, self.settings.seed
+        with edit:
+            for start in range(0, len(titles), CHUNK):
+                part = titles[start : start + CHUNK]
+                texts += sample_plans(self.pair, model, part, temperature=temperature, seeds=(seed, number, start))
+        return step_counts(texts, self.pair)
 
 
-def sample_baseline(pair: ModelPair, model: NamedModel, titles: list[str], settings: InterveneSettings) -> Baseline:
-    """`baseline_seeds` samples of every prompt."""
-    counts = _sample(pair, model, titles * settings.baseline_seeds, settings, arm=0)
-    return Baseline(counts.reshape(settings.baseline_seeds, len(titles), 3).transpose(1, 0, 2))
-
-
-def sampled_arm(
-    pair: ModelPair,
-    variant: Variant,
-    layer: int,
-    edit: FeatureEdit,
-    titles: list[str],
-    baseline: Baseline,
-    settings: InterveneSettings,
-    *,
-    arm: int,
-) -> dict:
-    """One sample a prompt under the variant's edit at every delimiter, compared with the baseline."""
-    model = variant.model(pair)
-    delimiters = tuple(pair.tokenizer.token_id(token) for token in pair.onsets.tokens)
-    where = site(layer - variant.layers_below)
-    steer = edited(model.decoder, where, edit.of(variant, settings.primary_dose), after=delimiters)
-    counts = _sample(pair, model, titles, settings, arm=arm, edit=steer)
+def compare(counts: Counts, baseline: Int[np.ndarray, "prompt seed 3"], settings: InterveneSettings) -> dict:
+    """The arm's rates, their difference from one baseline sample a prompt, and the null of such differences."""
+    once = baseline[:, 0]
     found = {
-        "texts": len(titles),
+        "texts": len(counts),
         "steps": int(counts[:, STEPS].sum()),
         "mean_step_count": float(counts[:, STEPS].mean()),
     }
     for matcher, column in MATCHERS.items():
-        rate = float(counts[:, column].sum() / max(counts[:, STEPS].sum(), 1))
-        once = baseline.counts[:, 0]
-        delta = rate - float(once[:, column].sum() / once[:, STEPS].sum())
-        null = baseline.null(matcher, settings)
+        hits, steps = baseline[..., column], baseline[..., STEPS]
+        null = stats.aa_null(hits, steps, draws=settings.null_draws, seed=settings.seed)
+        rate, unedited = _rate(counts, column), _rate(once, column)
         low, high = np.quantile(null, [0.025, 0.975])
         found[matcher] = {
             "rate": rate,
-            "baseline_rate": baseline.rate(matcher),
-            "delta": delta,
+            "baseline_rate": unedited,
+            "baseline_rate_all_seeds": float(hits.sum() / steps.sum()),
+            "delta": rate - unedited,
             "null_low": float(low),
             "null_high": float(high),
             "null_sd": float(null.std()),
-            "p": stats.rank_p(delta, null),
+            "p": stats.rank_p(rate - unedited, null),
         }
     return found
 
 
-def _sample(
-    pair: ModelPair,
-    model: NamedModel,
-    titles: list[str],
-    settings: InterveneSettings,
-    *,
-    arm: int,
-    edit: AbstractContextManager | None = None,
-) -> Int[np.ndarray, "text 3"]:
-    texts: list[str] = []
-    with edit or nullcontext():
-        for start in range(0, len(titles), CHUNK):
-            texts += sample_plans(
-                pair,
-                model,
-                titles[start : start + CHUNK],
-                temperature=settings.temperature,
-                seeds=(settings.seed, arm, start),
-            )
-    return step_counts(texts, pair)
+def _rate(counts: Counts, column: int) -> float:
+    """Matched steps over steps; 0 for an arm that wrote none."""
+    return float(counts[:, column].sum() / max(counts[:, STEPS].sum(), 1))

@@ -11,26 +11,24 @@
 The verdict on such evidence is not drawn here yet: `verdict` is None.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from sae_steer import stats
 from sae_steer.cache import ActivationCache, site
-from sae_steer.corpus import TargetTokens, parse_plan
+from sae_steer.corpus import TargetTokens
 from sae_steer.dictionary import Dictionary, check_fits
-from sae_steer.errors import InputError, SteerError
-from sae_steer.interventions.edits import Control, isotropic
-from sae_steer.interventions.measure import OnsetRows, Reading, check_delivered, read, unedited
-from sae_steer.interventions.sampled import Baseline, sample_baseline, sampled_arm
+from sae_steer.errors import InputError
+from sae_steer.interventions.bench import MODES, Bench, VariantReading, choose_onsets, estimates
+from sae_steer.interventions.firings import count_firings, why_untested
+from sae_steer.interventions.sampled import SampledArms, plan_titles
 from sae_steer.interventions.variants import FeatureEdit, Variant, four_variants
 from sae_steer.pair.model_pair import ModelPair
-from sae_steer.pair.texts import Text
 from sae_steer.records import provenance, read_json, read_table, write_json, write_table
-from sae_steer.runtime import Progress, generator, silent
+from sae_steer.runtime import Progress, silent
 from sae_steer.settings import InterveneSettings
 
 RECORD_FILE, TRIALS_FILE = "results.json", "trials.parquet"
@@ -54,25 +52,58 @@ class Study:
         return self.record["tested"]
 
     def table(self) -> str:
-        """Each variant's effect at the primary dose, in points of probability, single and joint."""
+        """What was measured at the primary dose: exact effects of each variant, then the sampled plans."""
         if not self.tested:
             return self.record["reason"]
-        dose = self.record["primary_dose"]
-        lines = [f"{'variant':<12} {'model':<10} {'single, points':>24} {'joint, points':>24} {'of the gap':>11}"]
-        for variant in self.record["variants"]:
-            cells = []
-            for mode in ("single", "joint"):
-                at = next(row for row in variant[mode]["doses"] if row["dose"] == dose)
-                cells.append(f"{100 * at['mean']:+.2f} [{100 * at['low']:+.2f}, {100 * at['high']:+.2f}]")
-            share = "n/a" if at["share"] is None else f"{100 * at['share']:+.1f} %"
-            lines.append(f"{variant['variant']:<12} {variant['model']:<10} {cells[0]:>24} {cells[1]:>24} {share:>11}")
-        return "\n".join(lines)
+        firings, gap = self.record["firings"], self.record["gap"]
+        lines = [
+            f"fires at {firings['onsets']} of {firings['of_onsets']} onsets, of {firings['tasks']} tasks; dose 1 adds "
+            f"or takes {firings['s']:.3g}, {firings['s_share_of_resid_norm']:.1%} of the median residual norm "
+            f"({firings['s_from']})",
+            f"target tokens begin {self.record['target_tokens']['coverage']:.1%} of the target steps; the models "
+            f"differ by {_points(gap['single'])} points at the onsets edited singly, {_points(gap['joint'])} jointly",
+            f"{'variant':<12} {'model':<10} {'single, points':>24} {'joint, points':>24} {'of the gap':>11} "
+            f"{'random, points':>18}",
+        ]
+        lines += [self._exact(variant) for variant in self.record["variants"]]
+        return "\n".join([*lines, *self._sampled()])
+
+    def _exact(self, variant: Mapping) -> str:
+        single, joint = (self._primary(variant[mode]) for mode in MODES)
+        bounded = single["share_low"] is not None and single["share_high"] is not None
+        share = f"{100 * single['share']:+.1f} %" if bounded else "n/a"
+        controls = f"[{100 * variant['controls']['low']:+.2f}, {100 * variant['controls']['high']:+.2f}]"
+        line = (
+            f"{variant['variant']:<12} {variant['model']:<10} {_points(single):>24} {_points(joint):>24} {share:>11} "
+            f"{controls:>18}"
+        )
+        if single["coverage"] == 1:
+            return line
+        return f"{line}  {100 * single['mean_where_edited']:+.2f} at the {single['coverage']:.0%} where it fires"
+
+    def _sampled(self) -> list[str]:
+        return [
+            f"{variant['variant']:<12} {variant['model']:<10} in sampled plans {100 * strict['delta']:+.1f} points, "
+            f"unedited against unedited [{100 * strict['null_low']:+.1f}, {100 * strict['null_high']:+.1f}]"
+            for variant in self.record["variants"]
+            if variant["sampled"] and (strict := variant["sampled"]["strict"])
+        ]
+
+    def _primary(self, effects: Mapping) -> Mapping:
+        return next(row for row in effects["doses"] if row["dose"] == self.record["primary_dose"])
 
     def save(self, folder: Path) -> Path:
-        """Write `trials.parquet`, then `results.json`; returns the latter."""
-        if self.trials:
-            write_table(Path(folder) / TRIALS_FILE, self.trials)
-        return write_json(Path(folder) / RECORD_FILE, self.record)
+        """Write `trials.parquet` and `results.json`; returns the latter.
+
+        The record is removed first and written last, so a folder that has one is whole.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (RECORD_FILE, TRIALS_FILE):
+            (folder / name).unlink(missing_ok=True)
+        if self.tested:
+            write_table(folder / TRIALS_FILE, self.trials)
+        return write_json(folder / RECORD_FILE, self.record)
 
 
 def load_study(folder: Path) -> Study:
@@ -103,162 +134,40 @@ def intervene(
     _check(pair, cache, dictionary, settings)
     dictionary.sae.direction(feature)  # an index outside the dictionary ends here
     texts = cache.own_texts("confirm", pair.target.name)[: settings.prompts]
-    head = {
+    firings = count_firings(cache, dictionary, feature, texts, settings)
+    record = {
         "provenance": study_provenance(pair, cache, dictionary, feature, settings),
         "dictionary": dictionary.name,
         "dictionary_sha256": dictionary.sha256,
         "feature": feature,
-        "note": f"an index belongs to its dictionary: feature {feature} of this one is not feature {feature} of any other, "
-        "nor of the released InterpGPT dictionaries",
+        "note": f"an index belongs to its dictionary: feature {feature} of this one is not feature {feature} of any "
+        "other, nor of the released InterpGPT dictionaries",
         "pair": pair.name,
         "verdict": None,
     }
-    firings = _firings(cache, dictionary, feature, texts, settings)
-    if firings["onsets"] < settings.min_firings or firings["tasks"] < settings.min_tasks or firings["s"] is None:
-        reason = (
-            f"feature {feature} of {dictionary.name} fires at {firings['onsets']} onsets of {firings['tasks']} tasks in the "
-            f"confirm texts; a test needs {settings.min_firings} of {settings.min_tasks}"
-        )
-        return Study({**head, "tested": False, "reason": reason, "firings": firings}, {})
+    reason = why_untested(firings, feature, dictionary, settings)
+    if reason:
+        return Study({**record, "tested": False, "reason": reason, "firings": firings}, {})
     tokens = cache.target_tokens(pair)
     edit = FeatureEdit(dictionary.sae, feature, firings["s"])
-    bench = Bench(pair, dictionary.layer, edit, tokens, _choose_onsets(texts, settings), settings)
+    bench = Bench(pair, dictionary.layer, edit, tokens.ids, choose_onsets(texts, settings), settings)
+    arms = SampledArms(pair, dictionary.layer, edit, plan_titles(pair, texts[: settings.generations]), settings)
     variants = four_variants(settings.upstream)
-    readings = []
+    readings, sampled, stages = [], [], 2 * len(variants)
     for number, variant in enumerate(variants):
-        on_step(number, 2 * len(variants), f"{variant.name}: exact effects")
+        on_step(number, stages, f"{variant.name}: exact effects")
         readings.append(bench.read(variant))
-    sampled = _sampled(pair, dictionary.layer, edit, texts, settings, on_step)
-    gap = _gap(variants, readings)
-    record = {
-        **head,
+    for number, variant in enumerate(variants):
+        on_step(len(variants) + number, stages, f"{variant.name}: sampled plans")
+        sampled.append(arms.read(variant, 1 + number))
+    on_step(stages, stages, "measured")
+    measured = {
         "tested": True,
         "firings": firings,
-        "target_tokens": {
-            "ids": list(tokens.ids),
-            "tokens": [pair.tokenizer.decode([token]) for token in tokens.ids],
-            "coverage": tokens.coverage,
-        },
-        "primary_dose": settings.primary_dose,
-        "gap": {mode: _estimates(gap[mode][:, None], bench.rows(mode), settings)[0] for mode in gap},
-        "baseline": {mode: _baselines(variants, readings, mode) for mode in gap},
-        "variants": [
-            {
-                "variant": variant.name,
-                "model": variant.model(pair).name,
-                "site": site(dictionary.layer - variant.layers_below),
-                "predicted_sign": variant.predicted_sign,
-                **{mode: bench.effects(reading, mode, gap[mode]) for mode in gap},
-                "controls": reading.controls,
-                "sampled": sampled.get(variant.name),
-            }
-            for variant, reading in zip(variants, readings, strict=True)
-        ],
+        "target_tokens": _described(tokens, pair),
+        **_measured(bench, variants, readings, sampled),
     }
-    return Study(record, bench.trials(variants, readings))
-
-
-@dataclass(frozen=True)
-class VariantReading:
-    """One variant's readings: column 0 of the masses is the unedited baseline, then the doses."""
-
-    single: Reading
-    joint: Reading
-    controls: dict
-
-    def base(self, mode: str) -> Float[np.ndarray, " row"]:
-        """Unedited target mass."""
-        return getattr(self, mode).mass[:, 0]
-
-    def effect(self, mode: str) -> Float[np.ndarray, "row dose"]:
-        """Change of target mass at each dose."""
-        mass = getattr(self, mode).mass
-        return mass[:, 1:] - mass[:, :1]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """All that a reading needs besides the variant."""
-
-    pair: ModelPair
-    layer: int
-    edit: FeatureEdit
-    tokens: TargetTokens
-    onsets: dict[str, OnsetRows]
-    settings: InterveneSettings
-
-    def rows(self, mode: str) -> OnsetRows:
-        """The onsets a mode reads."""
-        return self.onsets[mode]
-
-    def read(self, variant: Variant) -> VariantReading:
-        """The variant at every dose, in both modes, and its control directions at the primary dose."""
-        model, layer, doses = variant.model(self.pair).decoder, self.layer - variant.layers_below, self.settings.doses
-        edits = [unedited, *(self.edit.of(variant, dose) for dose in doses)]
-        found = {
-            mode: read(model, layer, self.onsets[mode], edits, self.tokens.ids, joint=mode == "joint")
-            for mode in self.onsets
-        }
-        for mode, reading in found.items():
-            nonzero = [column for column, dose in enumerate(doses, 1) if dose]
-            taken = Reading(reading.mass[:, nonzero], reading.delivered[:, nonzero])
-            check_delivered(taken, [f"{variant.name} at dose {doses[column - 1]} ({mode})" for column in nonzero])
-            if 0 in doses and not np.array_equal(reading.mass[:, 0], reading.mass[:, 1 + doses.index(0)]):
-                raise SteerError(
-                    f"{variant.name} at dose 0 differs from the baseline; the measurement cannot be trusted"
-                )
-        return VariantReading(found["single"], found["joint"], self._controls(variant, model, layer, found["single"]))
-
-    def _controls(self, variant: Variant, model, layer: int, reading: Reading) -> dict:
-        """Mean effects of isotropic directions, moved as far as the feature's edit, and the feature's rank among them."""
-        settings = self.settings
-        primary = self.edit.of(variant, settings.primary_dose)
-        directions = isotropic(settings.controls, len(self.edit.unit), generator(settings.seed, 31))
-        edits = [Control(primary, direction) for direction in directions]
-        mass = read(model, layer, self.onsets["single"], edits, self.tokens.ids).mass
-        means = (mass - reading.mass[:, :1]).mean(axis=0)
-        column = 1 + settings.doses.index(settings.primary_dose)
-        observed = float((reading.mass[:, column] - reading.mass[:, 0]).mean())
-        low, high = np.quantile(means, [0.025, 0.975])
-        return {
-            "family": "isotropic",
-            "count": len(means),
-            "low": float(low),
-            "high": float(high),
-            "rank_p": stats.rank_p(observed, means),
-            "means": means.tolist(),
-        }
-
-    def effects(self, reading: VariantReading, mode: str, gap: Float[np.ndarray, " row"]) -> dict:
-        """The dose curve: points and share of the gap with intervals, and the length delivered."""
-        onsets, delivered = self.onsets[mode], getattr(reading, mode).delivered[:, 1:]
-        rows = _estimates(reading.effect(mode), onsets, self.settings, gap)
-        for row, dose, moved in zip(rows, self.settings.doses, delivered.T, strict=True):
-            row |= {"dose": dose, "mean_delivered_norm": float(moved.mean()), "rows_edited": int((moved > 0).sum())}
-        return {"n": len(onsets), "tasks": len(np.unique(onsets.task)), "doses": rows}
-
-    def trials(self, variants: tuple[Variant, ...], readings: list[VariantReading]) -> dict[str, np.ndarray]:
-        """One row an onset x variant x dose x mode."""
-        parts: list[dict[str, np.ndarray]] = []
-        for variant, found in zip(variants, readings, strict=True):
-            for mode, onsets in self.onsets.items():
-                reading = getattr(found, mode)
-                for column, dose in enumerate(self.settings.doses, 1):
-                    parts.append(
-                        {
-                            "variant": np.full(len(onsets), variant.name),
-                            "mode": np.full(len(onsets), mode),
-                            "dose": np.full(len(onsets), dose),
-                            "prompt": onsets.prompt,
-                            "task": onsets.task,
-                            "position": onsets.position,
-                            "next_is_target": onsets.is_target,
-                            "p_base": reading.mass[:, 0],
-                            "p_edited": reading.mass[:, column],
-                            "delivered_norm": reading.delivered[:, column],
-                        }
-                    )
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Study({**record, **measured}, bench.trials(variants, readings))
 
 
 def _check(pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, settings: InterveneSettings) -> None:
@@ -271,122 +180,55 @@ def _check(pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, sett
         )
     if not 0 < settings.upstream <= dictionary.layer:
         raise InputError(
-            f"cannot inject {settings.upstream} layers below layer {dictionary.layer}; choose 1 to {dictionary.layer}"
+            f"cannot inject {settings.upstream} layers upstream of layer {dictionary.layer}; set upstream to 1 or "
+            "more, and take a dictionary of a layer that has as many below it"
         )
     if settings.primary_dose not in settings.doses:
         raise InputError(f"the primary dose {settings.primary_dose} is not among the doses {settings.doses}; add it")
 
 
-def _firings(
-    cache: ActivationCache, dictionary: Dictionary, feature: int, texts: list[Text], settings: InterveneSettings
-) -> dict:
-    """Onsets and tasks at which the feature fires in the confirm texts, and s from the tune split."""
-    norm = float(dictionary.sae.direction(feature).norm())
-    active, resid_norm, where = _tune_activations(cache, dictionary, feature, settings)
-    wanted = {(text.prompt, text.variant) for text in texts}
-    labels = cache.labels("confirm")
-    chosen = labels["is_onset"].astype(bool)
-    chosen &= np.array(
-        [key in wanted for key in zip(labels["prompt"].tolist(), labels["text_variant"].tolist(), strict=True)]
-    )
-    rows = np.flatnonzero(chosen)
-    resid = cache.rows(dictionary.model, dictionary.layer, "confirm").take(rows)
-    fires = dictionary.sae.activation_of(resid, feature).numpy() > 0
-    s = float(np.median(active) * norm) if len(active) else None
+def _described(tokens: TargetTokens, pair: ModelPair) -> dict:
     return {
-        "onsets": int(fires.sum()),
-        "of_onsets": len(rows),
-        "tasks": len(np.unique(labels["task"][rows][fires])),
-        "s": s,
-        "s_from": where,
-        "s_share_of_resid_norm": s / resid_norm if s else None,
+        "ids": list(tokens.ids),
+        "tokens": [pair.tokenizer.decode([token]) for token in tokens.ids],
+        "coverage": tokens.coverage,
     }
 
 
-def _tune_activations(
-    cache: ActivationCache, dictionary: Dictionary, feature: int, settings: InterveneSettings
-) -> tuple[Float[np.ndarray, " active"], float, str]:
-    """The feature's values where it is active: at onsets, or anywhere if those are too few; median residual norm."""
-    labels = cache.labels("tune")
-    own = np.isin(labels["text_variant"], cache.own_variants(dictionary.model))
-    resid = cache.rows(dictionary.model, dictionary.layer, "tune").take(np.flatnonzero(own))
-    values = dictionary.sae.activation_of(resid, feature).numpy()
-    at_onset = values[labels["is_onset"].astype(bool)[own]]
-    norm = float(resid.norm(dim=1).median())
-    if (at_onset > 0).sum() >= settings.min_firings:
-        return at_onset[at_onset > 0], norm, f"{(at_onset > 0).sum()} active onsets of the tune split"
-    return values[values > 0], norm, f"{(values > 0).sum()} active rows of the tune split, few of them onsets"
+def _measured(
+    bench: Bench, variants: Sequence[Variant], readings: Sequence[VariantReading], sampled: Sequence[dict | None]
+) -> dict:
+    """The part of the record that the readings fill."""
+    gap = _gap(variants, readings)
+    return {
+        "primary_dose": bench.settings.primary_dose,
+        "gap": {mode: estimates(gap[mode][:, None], bench.onsets[mode], bench.settings)[0] for mode in MODES},
+        "baseline": {
+            mode: {v.name: float(r.base(mode).mean()) for v, r in zip(variants, readings, strict=True)}
+            for mode in MODES
+        },
+        "variants": [
+            {
+                "variant": variant.name,
+                "model": variant.model(bench.pair).name,
+                "site": site(bench.layer - variant.layers_below),
+                "predicted_sign": variant.predicted_sign,
+                **{mode: bench.effects(reading, mode, gap[mode]) for mode in MODES},
+                "controls": bench.controls(reading),
+                "sampled": arm,
+            }
+            for variant, reading, arm in zip(variants, readings, sampled, strict=True)
+        ],
+    }
 
 
-def _choose_onsets(texts: list[Text], settings: InterveneSettings) -> dict[str, OnsetRows]:
-    """Up to `onsets_per_prompt` of each text for single edits, drawn by seed; all of them for joint ones."""
-    random = np.random.default_rng([settings.seed, 5])
-    every = [np.flatnonzero(text.is_onset) for text in texts]
-    some = [np.sort(random.permutation(found)[: settings.onsets_per_prompt]) for found in every]
-    return {"single": OnsetRows.of(texts, some), "joint": OnsetRows.of(texts, every)}
-
-
-def _gap(variants: tuple[Variant, ...], readings: list[VariantReading]) -> dict[str, Float[np.ndarray, " row"]]:
+def _gap(variants: Sequence[Variant], readings: Sequence[VariantReading]) -> dict[str, Float[np.ndarray, " row"]]:
     """Target mass of the target model minus that of the reference model, at the same onsets."""
     target = next(r for v, r in zip(variants, readings, strict=True) if v.edits_target)
     reference = next(r for v, r in zip(variants, readings, strict=True) if not v.edits_target)
-    return {mode: target.base(mode) - reference.base(mode) for mode in ("single", "joint")}
+    return {mode: target.base(mode) - reference.base(mode) for mode in MODES}
 
 
-def _baselines(variants: tuple[Variant, ...], readings: list[VariantReading], mode: str) -> dict[str, float]:
-    return {v.name: float(r.base(mode).mean()) for v, r in zip(variants, readings, strict=True)}
-
-
-def _estimates(
-    effect: Float[np.ndarray, "row column"],
-    onsets: OnsetRows,
-    settings: InterveneSettings,
-    gap: Float[np.ndarray, " row"] | None = None,
-) -> list[dict]:
-    """Per column: the onset-weighted mean with its interval, the prompt-weighted mean, the share of the gap."""
-    draws = {"draws": settings.bootstrap_draws, "seed": settings.seed}
-    points = stats.cluster_bootstrap(effect, onsets.task, **draws)
-    _, prompt, count = np.unique(onsets.prompt, return_inverse=True, return_counts=True)
-    by_prompt = np.average(effect, axis=0, weights=1 / count[prompt])
-    rows = [
-        {
-            "mean": float(mean),
-            "low": float(low),
-            "high": float(high),
-            "prompt_weighted": float(other),
-            "n": points.n,
-            "tasks": points.clusters,
-        }
-        for mean, low, high, other in zip(points.mean, points.low, points.high, by_prompt, strict=True)
-    ]
-    if gap is not None:
-        share = stats.cluster_bootstrap_ratio(effect, gap[:, None], onsets.task, **draws)
-        for row, *ends in zip(rows, share.mean, share.low, share.high, strict=True):
-            row |= {key: _finite(value) for key, value in zip(("share", "share_low", "share_high"), ends, strict=True)}
-    return rows
-
-
-def _finite(value: float) -> float | None:
-    """None for an unbounded end of an interval: JSON has no infinity."""
-    return float(value) if np.isfinite(value) else None
-
-
-def _sampled(
-    pair: ModelPair, layer: int, edit: FeatureEdit, texts: list[Text], settings: InterveneSettings, on_step: Progress
-) -> dict[str, dict]:
-    """The sampled arm of each variant; empty for pairs whose texts are no plans."""
-    plans = [parse_plan(pair.tokenizer.decode(text.token.tolist())) for text in texts[: settings.generations]]
-    if pair.onsets.regex is not None or not all(plan.well_formed for plan in plans):
-        return {}
-    titles, variants = [plan.title for plan in plans], four_variants(settings.upstream)
-    baselines: dict[str, Baseline] = {}
-    found = {}
-    for number, variant in enumerate(variants):
-        model = variant.model(pair)
-        on_step(len(variants) + number, 2 * len(variants), f"{variant.name}: sampled plans")
-        if model.name not in baselines:
-            baselines[model.name] = sample_baseline(pair, model, titles, settings)
-        found[variant.name] = sampled_arm(
-            pair, variant, layer, edit, titles, baselines[model.name], settings, arm=1 + number
-        )
-    return found
+def _points(row: Mapping) -> str:
+    """A mean and its interval in points of probability."""
+    return f"{100 * row['mean']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]"

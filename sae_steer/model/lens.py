@@ -1,4 +1,7 @@
-"""Our decoder as a TransformerLens model, for parity and for its users' tools. The only importer of transformer_lens."""
+"""Our decoder as a TransformerLens model, for parity and for its users' tools.
+
+The only importer of transformer_lens.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -98,38 +98,64 @@ def _read_shape(folder: Path) -> DecoderSettings:
         raise InputError(f"{path} has model_type {kind!r}; this loader reads 'llama'")
     rope = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
-    if (rope.get("rope_type", "default"), scaling.get("rope_type", "default")) != ("default", "default"):
+    if {found.get(key, "default") for found in (rope, scaling) for key in ("rope_type", "type")} != {"default"}:
         raise InputError(f"{path} asks for scaled rotary positions; this loader reads unscaled ones")
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise InputError(f"{path} has biases; this loader reads Llamas without them")
-    try:
-        heads, width = config["num_attention_heads"], config["hidden_size"]
-        return DecoderSettings(
-            n_layers=config["num_hidden_layers"],
-            n_heads=heads,
-            n_kv_heads=config.get("num_key_value_heads") or heads,
-            d_model=width,
-            d_head=config.get("head_dim") or width // heads,
-            d_mlp=config["intermediate_size"],
-            d_vocab=config["vocab_size"],
-            n_ctx=config.get("max_position_embeddings", 2048),
-            eps=config.get("rms_norm_eps", 1e-6),
-            rope_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-            tied=bool(config.get("tie_word_embeddings", False)),
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{path} has hidden_act {config['hidden_act']!r}; this loader reads 'silu'")
+    return DecoderSettings(
+        **_sizes(path, config),
+        n_ctx=config.get("max_position_embeddings", 2048),
+        eps=config.get("rms_norm_eps", 1e-6),
+        rope_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def _sizes(path: Path, config: dict) -> dict[str, int]:
+    """Counts and widths, which must be positive integers that divide as heads do."""
+
+    def size(name: str, otherwise: int | None = None) -> int:
+        found = config.get(name) or otherwise
+        if found is None:
+            raise InputError(f"{path} has no {name!r}; it is not a whole Llama config")
+        if not isinstance(found, int) or found < 1:
+            raise InputError(f"{path} has {name} {found!r}, which is no positive integer; copy it again")
+        return found
+
+    heads, width = size("num_attention_heads"), size("hidden_size")
+    kv_heads, d_head = size("num_key_value_heads", heads), size("head_dim", width // heads)
+    if heads % kv_heads or d_head % 2:
+        raise InputError(
+            f"{path} has {heads} heads of width {d_head} on {kv_heads} key-value heads; "
+            "heads must divide evenly and their width by two"
         )
-    except KeyError as error:
-        raise InputError(f"{path} has no {error}; it is not a whole Llama config") from error
+    return {
+        "n_layers": size("num_hidden_layers"),
+        "n_heads": heads,
+        "n_kv_heads": kv_heads,
+        "d_model": width,
+        "d_head": d_head,
+        "d_mlp": size("intermediate_size"),
+        "d_vocab": size("vocab_size"),
+    }
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    index = folder / "model.safetensors.index.json"
+    index, pickles = folder / "model.safetensors.index.json", sorted(folder.glob("*.bin"))
+    if pickles and not index.is_file() and not (folder / "model.safetensors").is_file():
+        raise InputError(
+            f"{folder} has its weights in {pickles[0].name} alone, a pickle, which can run code and is not read; "
+            "save the model as safetensors"
+        )
     try:
         if index.is_file():
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             shards = ["model.safetensors"]
         return {name: tensor for shard in shards for name, tensor in load_file(folder / Path(shard).name).items()}
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} has no whole model.safetensors ({error}); copy the folder again") from error
 
 

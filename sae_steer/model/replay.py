@@ -45,6 +45,7 @@ def edited(model: Decoder, site: str, edit: Edit, *, after: tuple[int, ...] | No
         if wanted is None:
             met += resid.shape[0] * resid.shape[1]
             return edit(resid)
+        assert seen["tokens"].shape == resid.shape[:2], "run the model from its tokens: the edit follows some of them"
         here = torch.isin(seen["tokens"], wanted)
         met += int(here.sum())
         changed = resid.clone()

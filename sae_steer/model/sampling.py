@@ -59,17 +59,20 @@ def sample(
 ) -> list[list[int]]:
     """Each prompt continued, without truncation of the distribution, to `end_id` or `max_tokens` in all.
 
-    Returns the continuations, `end_id` included where it was reached. Edits in force (`replay.edited`) apply.
+    Returns the continuations, `end_id` included where it was reached; a prompt of `max_tokens` gets none.
+    Edits in force (`replay.edited`) apply.
     """
+    texts: list[list[int]] = [[] for _ in prompts]
+    if not texts:
+        return texts
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     stored = Storing()
     resid = model.run(model.embed(pad([list(prompt) for prompt in prompts], 0).to(model.device)), attend=stored)
     logits = model.unembed(resid[torch.arange(len(prompts), device=model.device), lengths - 1])
     cache = Growing(stored.keys, stored.values, lengths)
-    texts: list[list[int]] = [[] for _ in prompts]
     rows = torch.arange(len(prompts), device=model.device)  # the prompt of each row still in the batch
-    going = torch.ones(len(prompts), dtype=torch.bool, device=model.device)
-    while True:
+    going = lengths < max_tokens
+    while going.any():
         noise = torch.rand(len(prompts), generator=generator).to(model.device)[rows]
         drawn = _draw(logits / temperature, noise)
         for row, token, goes in zip(rows.tolist(), drawn.tolist(), going.tolist(), strict=True):
@@ -77,13 +80,14 @@ def sample(
                 texts[row].append(token)
         going &= (drawn != end_id) & (cache.positions + 1 < max_tokens)
         if not going.any():
-            return texts
+            break
         if going.sum() <= 0.75 * len(rows):  # copying keys and values at every ending would cost more than it saves
             kept = going.nonzero()[:, 0]
             rows, drawn, going, cache = rows[kept], drawn[kept], going[kept], cache.keep(kept)
         resid = model.run(model.embed(drawn[:, None]), attend=cache, positions=cache.positions[:, None])
         logits = model.unembed(resid[:, 0])
         cache.positions = cache.positions + going.long()
+    return texts
 
 
 def _draw(logits: Float[Tensor, "batch vocab"], noise: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:

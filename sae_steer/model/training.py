@@ -2,13 +2,13 @@
 
 1. A step's batch is a pure function of the step, so the data cursor is the step.
 2. The learning rate rises linearly, then falls on a cosine to a tenth.
-3. A checkpoint is one file: weights, AdamW's moments, the step, the loss so far.
+3. A checkpoint is one file: weights, AdamW's moments, the step, the log so far.
 4. A model may start from another's checkpoint: that is how two models come to share a basis.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,22 +21,9 @@ from sae_steer.model.decoder import Decoder, init_decoder
 from sae_steer.runtime import Progress, World, generator, read_tensors, silent, write_tensors
 from sae_steer.settings import DecoderSettings, PairTrainingSettings
 
-Tokens = Int[Tensor, "batch pos"]
+Tokens = Int[Tensor, "_batch _pos"]
+"""One batch; batches differ in both axes."""
 IGNORE = -100
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Padded token batches of one text order; a batch's tokens right-padded with `pad_id`."""
-
-    tokens: tuple[Tokens, ...]
-    pad_id: int
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, step: int) -> Tokens:
-        return self.tokens[step]
 
 
 @dataclass
@@ -46,8 +33,8 @@ class TrainingState:
     model: Decoder
     optimiser: torch.optim.AdamW
     step: int = 0
-    loss: float = math.nan
-    """Mean training loss since the last checkpoint, nats a token."""
+    log: list[dict] = field(default_factory=list)
+    """An entry a checkpoint: the step, the mean training loss since the one before, and the held-out loss."""
 
     @classmethod
     def fresh(
@@ -58,26 +45,26 @@ class TrainingState:
         return cls(model, _optimiser(model, settings))
 
     def save(self, path: Path, identity: dict) -> None:
-        """Write the checkpoint; `identity` says what run it belongs to."""
+        """Write the checkpoint; `identity` says what run it belongs to, log included."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             moments = self.optimiser.state.get(parameter, {})
             tensors |= {f"{key}.{name}": moment for key, moment in moments.items()}
-        write_tensors(path, tensors, {"step": self.step, "loss": self.loss, "identity": identity})
+        write_tensors(path, tensors, {"step": self.step, "log": self.log, "identity": identity})
 
-    def load(self, path: Path, identity: dict | None) -> "TrainingState":
+    def load(self, path: Path, identity: dict) -> None:
         """Continue from a checkpoint; one of another run (`identity`) is refused."""
         tensors, facts = read_tensors(path)
-        if identity is not None and facts["identity"] != identity:
-            raise StaleError(f"{path} belongs to a run with other settings; use another --out or --force")
+        if facts["identity"] != identity:
+            other = ", ".join(name for name in identity if facts["identity"].get(name) != identity[name])
+            raise StaleError(f"{path} belongs to a run with other {other}; use another --out, or --force to start anew")
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
         for name, parameter in self.model.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
             self.optimiser.state[parameter] = {
                 key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu") for key in keys
             }
-        self.step, self.loss = facts["step"], facts["loss"]
-        return self
+        self.step, self.log = facts["step"], facts["log"]
 
 
 def train(
@@ -91,11 +78,11 @@ def train(
     world: World,
     checkpoint: Path,
     identity: dict,
-    held_out: Batches | None = None,
+    held_out: Sequence[Tokens] = (),
     on_step: Progress = silent,
-) -> list[dict]:
-    """Train `state` up to step `stop` of a schedule of `steps`; returns the log, one entry a checkpoint."""
-    log, total, since = [], 0.0, 0
+) -> None:
+    """Train `state` in place up to step `stop` of a schedule of `steps`."""
+    total, since = 0.0, 0
     while state.step < stop:
         for group in state.optimiser.param_groups:
             group["lr"] = settings.lr * schedule(state.step / steps, settings.warmup)
@@ -103,19 +90,14 @@ def train(
         state.step += 1
         total, since = total + loss, since + 1
         if state.step % settings.checkpoint_every == 0 or state.step == stop:
-            if not math.isfinite(total):
-                raise NotFiniteError(
-                    f"the training loss was not finite before step {state.step}; the checkpoint {checkpoint} is the "
-                    f"last good one; restart with a lower --lr (it was {settings.lr})"
-                )
-            state.loss, total, since = total / since, 0.0, 0
-            entry = {"step": state.step, "loss": state.loss}
-            if held_out is not None:
-                entry["held_out_loss"] = held_out_loss(state.model, held_out, world)
-            log.append(entry)
+            _check_finite(state, total, since, settings)
+            entry = {"step": state.step, "loss": total / since}
+            if held_out:
+                entry["held_out_loss"] = held_out_loss(state.model, held_out, pad_id, world)
+            state.log.append(entry)
             state.save(checkpoint, identity)
+            total, since = 0.0, 0
         on_step(state.step, stop, f"loss {loss:.3f}")
-    return log
 
 
 def schedule(progress: float, warmup: float) -> float:
@@ -126,13 +108,23 @@ def schedule(progress: float, warmup: float) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(model: Decoder, batches: Batches, world: World) -> float:
+def held_out_loss(model: Decoder, batches: Sequence[Tokens], pad_id: int, world: World) -> float:
     """Mean cross-entropy, nats a token."""
     total = count = 0.0
-    for tokens in batches.tokens:
-        loss, n = _loss(model, tokens.to(world.device), batches.pad_id, world)
+    for tokens in batches:
+        loss, n = _loss(model, tokens.to(world.device), pad_id, world)
         total, count = total + float(loss) * float(n), count + float(n)
     return total / count
+
+
+def _check_finite(state: TrainingState, total: float, since: int, settings: PairTrainingSettings) -> None:
+    """Before a checkpoint: neither its losses nor the weights their last step left may be out of range."""
+    if math.isfinite(total) and all(bool(parameter.isfinite().all()) for parameter in state.model.parameters()):
+        return
+    raise NotFiniteError(
+        f"training went to infinity between steps {state.step - since} and {state.step}; "
+        f"start anew with --force and a lower --lr (it was {settings.lr:g})"
+    )
 
 
 def _optimiser(model: Decoder, settings: PairTrainingSettings) -> torch.optim.AdamW:

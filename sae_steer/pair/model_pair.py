@@ -16,11 +16,13 @@
     tokens = ["<|steps|>", "<|sep|>"]                   # a step begins after these; or: regex = "..."
 """
 
+import re
 import tomllib
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -88,24 +90,26 @@ class ModelPair:
 def load_pair(pair: str | Path) -> ModelPair:
     """The packaged pair of that name, or the pair of a folder with a `pair.toml`."""
     folder = _find(pair)
-    facts = _read_toml(folder / "pair.toml")
-    try:
-        sides = [facts[side] for side in ("reference", "target")]
-        tokenizer = PlanTokenizer.load(folder / facts["tokenizer"])
-        loaded = ModelPair(
-            name=folder.name,
-            reference=_load_side(folder, sides[0]),
-            target=_load_side(folder, sides[1]),
-            tokenizer=tokenizer,
-            onsets=OnsetRule(tokens=tuple(facts["onset"].get("tokens", ())), regex=facts["onset"].get("regex")),
-            phrases=tuple(sides[1]["phrases"]),
-            lenient=tuple(sides[1].get("lenient", ())),
-            context=facts["context"],
-            provenance=facts.get("provenance", {}),
-        )
-    except KeyError as error:
-        raise InputError(f"{folder / 'pair.toml'} has no {error}; see the pair files in the README") from error
-    _check_tokenizers(folder, loaded, [side["model"] for side in sides])
+    facts = _PairFile.read(folder / "pair.toml")
+    reference, target = (
+        NamedModel(facts.value(f"{side}.name", str), load_decoder(folder / facts.value(f"{side}.model", str)))
+        for side in ("reference", "target")
+    )
+    loaded = ModelPair(
+        name=folder.name,
+        reference=reference,
+        target=target,
+        tokenizer=PlanTokenizer.load(folder / facts.value("tokenizer", str)),
+        onsets=OnsetRule(tokens=facts.strings("onset.tokens", ()), regex=facts.value("onset.regex", str, "") or None),
+        phrases=facts.strings("target.phrases"),
+        lenient=facts.strings("target.lenient", ()),
+        context=facts.value("context", int),
+        provenance=facts.value("provenance", dict, {}),
+    )
+    _check_names(facts.path, loaded)
+    _check_onsets(facts.path, loaded)
+    for named, side in zip(loaded.models, ("reference", "target"), strict=True):
+        _check_tokenizers(loaded, named, folder / facts.value(f"{side}.model", str))
     return loaded
 
 
@@ -123,28 +127,70 @@ def _find(pair: str | Path) -> Path:
     raise InputError(f"no pair '{pair}': give a folder with a pair.toml, or a packaged pair ({', '.join(names)})")
 
 
-def _read_toml(path: Path) -> dict:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a TOML file ({error}); see the pair files in the README") from error
+@dataclass(frozen=True)
+class _PairFile:
+    """A `pair.toml` as read; a key that is missing, or holds another kind of value, is an `InputError` naming it."""
+
+    path: Path
+    facts: dict
+
+    @classmethod
+    def read(cls, path: Path) -> "_PairFile":
+        try:
+            return cls(path, tomllib.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is not a TOML file ({error}); see the pair files in the README") from error
+
+    def value(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value at a dotted key; without a default the key must be there."""
+        found: Any = self.facts
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if found is None and default is None:
+            raise InputError(f"{self.path} has no {key}; see the pair files in the README")
+        if found is not None and not isinstance(found, kind):
+            raise InputError(f"{self.path} has {key} = {found!r}, which is no {kind.__name__}; correct it")
+        return default if found is None else found
+
+    def strings(self, key: str, default: tuple[str, ...] | None = None) -> tuple[str, ...]:
+        """A list of strings at a dotted key."""
+        found = self.value(key, list, None if default is None else list(default))
+        if not all(isinstance(item, str) for item in found):
+            raise InputError(f"{self.path} has {key} = {found!r}, which is no list of strings; correct it")
+        return tuple(found)
 
 
-def _load_side(folder: Path, side: dict) -> NamedModel:
-    return NamedModel(side["name"], load_decoder(folder / side["model"]))
+def _check_names(path: Path, pair: ModelPair) -> None:
+    names = [model.name for model in pair.models]
+    if names[0] == names[1] or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
+        raise InputError(
+            f"{path} calls its models {names[0]!r} and {names[1]!r}; "
+            "give two different names of letters, digits, '.', '_' and '-': they become folders and data sets"
+        )
 
 
-def _check_tokenizers(folder: Path, pair: ModelPair, models: list[str]) -> None:
-    for named, model in zip(pair.models, models, strict=True):
-        rows = named.decoder.shape.d_vocab
-        if pair.tokenizer.n_vocab > rows:
+def _check_onsets(path: Path, pair: ModelPair) -> None:
+    if not pair.onsets.tokens and not pair.onsets.regex:
+        raise InputError(f"{path} has neither onset.tokens nor onset.regex; say where steps begin")
+    for token in pair.onsets.tokens:
+        pair.tokenizer.token_id(token)
+    for model in pair.models:
+        if not 0 < pair.context <= model.decoder.shape.n_ctx:
             raise InputError(
-                f"the tokenizer of pair '{pair.name}' makes ids up to {pair.tokenizer.n_vocab - 1}, but model "
-                f"'{named.name}' has {rows} embedding rows; give the tokenizer both models were trained with"
+                f"{path} has context {pair.context}, and model '{model.name}' reads 1 to {model.decoder.shape.n_ctx}"
             )
-        own = folder / model / "tokenizer.json"
-        if own.is_file() and (clash := pair.tokenizer.disagreements(PlanTokenizer.load(own))):
-            raise InputError(
-                f"the tokenizer in {own.parent} disagrees with the pair's on ids {', '.join(map(str, clash[:5]))}"
-                f"{' and more' if len(clash) > 5 else ''}; both models must read the same ids"
-            )
+
+
+def _check_tokenizers(pair: ModelPair, model: NamedModel, folder: Path) -> None:
+    rows = model.decoder.shape.d_vocab
+    if pair.tokenizer.n_vocab > rows:
+        raise InputError(
+            f"the tokenizer of pair '{pair.name}' makes ids up to {pair.tokenizer.n_vocab - 1}, but model "
+            f"'{model.name}' has {rows} embedding rows; give the tokenizer both models were trained with"
+        )
+    own = folder / "tokenizer.json"
+    if own.is_file() and (clash := pair.tokenizer.disagreements(PlanTokenizer.load(own))):
+        raise InputError(
+            f"the tokenizer in {folder} disagrees with the pair's on ids {', '.join(map(str, clash[:5]))}"
+            f"{' and more' if len(clash) > 5 else ''}; both models must read the same ids"
+        )

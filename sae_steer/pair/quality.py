@@ -10,7 +10,7 @@ from sae_steer.model.training import pad
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.runtime import Progress, generator, silent
 
-GENERATIONS = 200
+GENERATIONS = 1_000
 BASIS_PLANS = 200
 
 

@@ -1,10 +1,10 @@
 """Texts as both models read them: token ids with a label for every position, from the grammar or a file."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Text:
         return len(self.token)
 
 
+@runtime_checkable
 class TextSource(Protocol):
     """Where a cache's texts come from."""
 
@@ -55,12 +56,12 @@ class TextSource(Protocol):
 class GeneratedTexts:
     """Plans of the grammar, each in both renderings, on the tasks of each split."""
 
-    settings: CorpusSettings = CorpusSettings()
+    settings: CorpusSettings = field(default_factory=CorpusSettings)
     variants: tuple[str, ...] = VARIANTS
 
     def identity(self) -> dict:
-        """The corpus settings."""
-        return {"corpus": asdict(self.settings)}
+        """The corpus settings and the renderings."""
+        return {"corpus": asdict(self.settings), "variants": self.variants}
 
     def texts(self, pair: ModelPair, split: str) -> Iterator[Text]:
         """Plan after plan, each rendering in turn."""
@@ -68,9 +69,16 @@ class GeneratedTexts:
         first = sum(getattr(self.settings, f"{name}_plans") for name in SPLITS[: SPLITS.index(split)])
         both = [write_plans(split, variant, count=count, seed=self.settings.seed) for variant in self.variants]
         for plan in chain.from_iterable(zip(*both, strict=True)):
-            ids = pair.tokenizer.encode(plan.text)
-            variant, true_p = self.variants.index(plan.variant), [step.true_p for step in plan.steps]
-            yield _label(pair, ids, first + plan.prompt, plan.task.index, variant, split, true_p)
+            yield _label(
+                pair,
+                plan.text,
+                where=f"plan {plan.prompt} of '{split}' ({plan.variant})",
+                prompt=first + plan.prompt,
+                task=plan.task.index,
+                variant=self.variants.index(plan.variant),
+                split=split,
+                true_p=[step.true_p for step in plan.steps],
+            )
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,8 @@ class TextFile:
         return cls(Path(path), variants, lines, tuple(sorted({line.task for line in lines})))
 
     def identity(self) -> dict:
-        """The hash of the file's content."""
-        return {"texts": sha256(self.path)}
+        """The hash of the file's content, and how it is read."""
+        return {"texts": sha256(self.path), "kind": self.path.suffix}
 
     def texts(self, pair: ModelPair, split: str) -> Iterator[Text]:
         """The lines whose task was dealt to `split`, in the file's order."""
@@ -99,20 +107,33 @@ class TextFile:
         for prompt, line in enumerate(self.lines):
             if _deal(line.task) != split:
                 continue
-            ids = pair.tokenizer.encode(line.text)
-            if len(ids) > pair.context:
-                raise InputError(
-                    f"{self.path} line {line.line} has {len(ids)} tokens, and pair '{pair.name}' reads {pair.context}; "
-                    "shorten it"
-                )
             yield _label(
-                pair, ids, prompt, numbers[line.task], self.variants.index(line.variant or "text"), split, None
+                pair,
+                line.text,
+                where=f"{self.path}, line {line.line},",
+                prompt=prompt,
+                task=numbers[line.task],
+                variant=self.variants.index(line.variant or "text"),
+                split=split,
             )
 
 
 def _label(
-    pair: ModelPair, ids: list[int], prompt: int, task: int, variant: int, split: str, true_p: list[float] | None
+    pair: ModelPair,
+    text: str,
+    *,
+    where: str,
+    prompt: int,
+    task: int,
+    variant: int,
+    split: str,
+    true_p: list[float] | None = None,
 ) -> Text:
+    ids = pair.tokenizer.encode(text)
+    if len(ids) > pair.context:
+        raise InputError(
+            f"{where} has {len(ids)} tokens, and pair '{pair.name}' reads {pair.context}; give shorter texts"
+        )
     labels = label_positions(ids, tokenizer=pair.tokenizer, rule=pair.onsets, phrases=pair.phrases)
     unknown = np.full(len(ids), np.nan)
     return Text(

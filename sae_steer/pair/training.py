@@ -17,11 +17,11 @@ import torch
 from sae_steer.corpus import LENIENT_KEYWORDS, REGULATION_PHRASES, SPECIALS, VARIANTS, PlanTokenizer, write_plans
 from sae_steer.errors import InputError
 from sae_steer.model.loading import save_decoder
-from sae_steer.model.training import Batches, Tokens, TrainingState, bucket, train
+from sae_steer.model.training import Tokens, TrainingState, bucket, train
 from sae_steer.pair.model_pair import ModelPair, load_pair, write_pair_toml
 from sae_steer.pair.quality import measure_pair
 from sae_steer.records import already_done, provenance, write_json
-from sae_steer.runtime import Progress, World, silent
+from sae_steer.runtime import Progress, World, silent, sweep
 from sae_steer.settings import PRESETS, PairTrainingSettings
 
 TOKENIZER_PLANS = 4_000
@@ -57,15 +57,17 @@ def train_pair(
     if settings.preset not in PRESETS:
         raise InputError(f"no preset {settings.preset!r}; there are {', '.join(PRESETS)}")
     folder, world = Path(folder), world or World.local()
-    wanted = provenance(settings=settings, inputs={})
+    identity = {**asdict(settings), "precision": str(world.autocast or torch.float32).removeprefix("torch.")}
+    wanted = provenance(settings=identity, inputs={})
     if already_done(folder / "training.json", wanted, force=force):
         return load_pair(folder)
-    if force:
-        for begun in (folder / "training").glob("*.safetensors"):
-            begun.unlink()
+    if force:  # the record first: a forced run that is killed must not leave the old one's word for half a pair
+        for made in (folder / "training.json", folder / "pair.toml", *(folder / "training").glob("*.safetensors")):
+            made.unlink(missing_ok=True)
+    sweep(folder / "training")
     tokenizer = _make_tokenizer(settings)
     tokenizer.save(folder / "tokenizer.json")
-    logs = _train_models(folder, settings, tokenizer, world, on_step)
+    logs = _train_models(folder, settings, tokenizer, world, identity, on_step)
     _describe(folder, settings)
     pair = load_pair(folder)
     record = {
@@ -89,31 +91,33 @@ def _make_tokenizer(settings: PairTrainingSettings) -> PlanTokenizer:
 
 
 def _train_models(
-    folder: Path, settings: PairTrainingSettings, tokenizer: PlanTokenizer, world: World, on_step: Progress
+    folder: Path,
+    settings: PairTrainingSettings,
+    tokenizer: PlanTokenizer,
+    world: World,
+    identity: dict,
+    on_step: Progress,
 ) -> dict[str, list[dict]]:
+    """Train both models, or finish them; returns the log of each run, whenever its steps were made."""
     shape, shared = PRESETS[settings.preset], settings.init == "shared"
     common = _common_batches(settings, tokenizer) if shared else ()
     logs: dict[str, list[dict]] = {}
     for number, variant in enumerate(VARIANTS):
         curriculum = Curriculum(common, _own_batches(settings, tokenizer, variant))
-        held_out = Batches(_held_out_batches(settings, tokenizer, variant), tokenizer.pad_id)
-
-        def run(state: TrainingState, name: str, stop: int, curriculum: Curriculum = curriculum, held_out=held_out):
-            checkpoint = folder / "training" / f"{name}.safetensors"
-            identity = {**asdict(settings), "run": name}
+        held_out = _held_out_batches(settings, tokenizer, variant)
+        state = TrainingState.fresh(shape, settings, stream=0 if shared else 1 + number, world=world)
+        stages = {"common": len(common)} if shared else {}
+        for name, stop in (stages | {variant: len(curriculum)}).items():
+            checkpoint, own = folder / "training" / f"{name}.safetensors", {**identity, "run": name}
+            state.log = []
             if checkpoint.is_file():
-                state.load(checkpoint, identity)
-            logs[name] = logs.get(name, []) + train(
+                state.load(checkpoint, own)
+            train(
                 state, curriculum, settings,
                 pad_id=tokenizer.pad_id, stop=stop, steps=len(curriculum), world=world,
-                checkpoint=checkpoint, identity=identity, held_out=held_out, on_step=_named(on_step, name),
+                checkpoint=checkpoint, identity=own, held_out=held_out, on_step=_named(on_step, name),
             )  # fmt: skip
-            return state
-
-        state = TrainingState.fresh(shape, settings, stream=0 if shared else 1 + number, world=world)
-        if shared:
-            run(state, "common", len(common))
-        run(state, variant, len(curriculum))
+            logs[name] = state.log
         save_decoder(state.model, folder / variant, dtype=torch.bfloat16, pad_token_id=tokenizer.pad_id)
     return logs
 
@@ -145,7 +149,7 @@ def _common_batches(settings: PairTrainingSettings, tokenizer: PlanTokenizer) ->
 
 
 def _own_batches(settings: PairTrainingSettings, tokenizer: PlanTokenizer, variant: str) -> tuple[Tokens, ...]:
-    share = 1 - COMMON_SHARE if settings.init == "shared" else 1
+    share = 1 - COMMON_SHARE if settings.init == "shared" else 1.0
     return _batches(_plans("train", variant, settings.seed + OWN_SEED), share * settings.tokens, settings, tokenizer)
 
 

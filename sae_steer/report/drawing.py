@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import wraps
 from io import BytesIO
+from itertools import pairwise
 from typing import ParamSpec
 
 from matplotlib import style
@@ -10,11 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from sae_steer.report.numbers import setting
+
 P = ParamSpec("P")
 
 # Okabe and Ito's colours, told apart by the colour-blind, in grey by their markers
 TARGET, REFERENCE, SINGLE, JOINT, RELEASED = "#D55E00", "#0072B2", "#1b1b1b", "#009E73", "#CC79A7"
 BAND, FAINT, NOTE = "#cfcfcf", "#9a9a9a", "#555555"
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0)}
+"""Where a legend hides no data."""
 WIDTH = 8.6
 """Inches: ten-point type stays readable at the width of a README."""
 STYLE = {
@@ -70,7 +75,7 @@ def figure_of(height: float, title: str, note: str) -> Figure:
 def in_percent(axes: Axes, which: str) -> None:
     """Ticks of a share of one, in percent."""
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: setting(value)))
     axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
 
 
@@ -78,6 +83,6 @@ def spread(heights: list[float], apart: float) -> list[float]:
     """`heights` moved up just so far that neighbours are `apart`, in the order given."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     moved = list(heights)
-    for below, above in zip(order, order[1:], strict=False):
+    for below, above in pairwise(order):
         moved[above] = max(moved[above], moved[below] + apart)
     return moved

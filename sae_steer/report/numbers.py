@@ -5,35 +5,42 @@ three digits of the largest of the three.
 """
 
 from collections.abc import Mapping
+from decimal import Decimal
 from math import floor, log10
 
+Number = float | int
 MINUS = "\u2212"
 NONE = "n/a"
 
 
-def count(value: float) -> str:
+def count(value: Number) -> str:
     """12,345."""
     return f"{value:,.0f}"
 
 
-def number(value: float | None) -> str:
+def number(value: Number | None) -> str:
     """Three significant digits."""
     if value is None:
         return NONE
     return _typeset(f"{value:.3g}")
 
 
-def percent(value: float | None) -> str:
+def percent(value: Number | None) -> str:
     """A share of one, in percent."""
     return NONE if value is None else f"{_fixed(100 * value, 100 * value)} %"
 
 
-def points(value: float | None) -> str:
+def setting(value: Number) -> str:
+    """A share of one that someone chose, in percent, without added digits."""
+    return f"{Decimal(f'{100 * value:g}'):f} %"
+
+
+def points(value: Number | None) -> str:
     """A signed difference of probabilities, in points."""
     return NONE if value is None else _fixed(100 * value, 100 * value, sign=True)
 
 
-def p_value(value: float) -> str:
+def p_value(value: Number) -> str:
     """A p or q."""
     if value == 0:
         return "< 1e-300"
@@ -60,7 +67,9 @@ def log_odds_interval(row: Mapping) -> str:
     return _interval(row, ("log_odds", "log_odds_low", "log_odds_high"), sign=True, scale=1)
 
 
-def _interval(estimate: Mapping, keys: tuple[str, str, str], *, sign: bool = False, unit: str = "", scale: int = 100) -> str:
+def _interval(
+    estimate: Mapping, keys: tuple[str, str, str], *, sign: bool = False, unit: str = "", scale: int = 100
+) -> str:
     values = [None if estimate[key] is None else scale * estimate[key] for key in keys]
     largest = max((abs(value) for value in values if value is not None), default=0.0)
     if values[0] is None:
@@ -70,7 +79,7 @@ def _interval(estimate: Mapping, keys: tuple[str, str, str], *, sign: bool = Fal
     return f"{_fixed(values[0], largest, sign=sign)}{unit} [{low}, {high}]"
 
 
-def _fixed(value: float, largest: float, *, sign: bool = False) -> str:
+def _fixed(value: Number, largest: Number, *, sign: bool = False) -> str:
     """`value` with the decimals that show three digits of `largest`: one at least, six at most."""
     if largest == 0:
         return "0"

@@ -15,9 +15,15 @@ from sae_steer.sae.saelens import WEIGHTS_FILE
 Record = Mapping[str, Any]
 
 # (the command, the keys its record must have)
-TRAINING = ("train-sae", ("provenance", "model", "layer", "final_fve", "final_l0", "dead_pct_train", "dead_pct_heldout"))
+TRAINING = (
+    "train-sae",
+    ("provenance", "model", "layer", "final_fve", "final_l0", "dead_pct_train", "dead_pct_heldout"),
+)
 SCAN = ("scan", ("provenance", "dictionary", "target", "reference", "cells", "onsets", "tasks", "criteria", "top"))
-STUDY = ("intervene --feature top", ("provenance", "dictionary", "feature", "tested", "firings", "verdict"))
+STUDY = (
+    "intervene --feature top",
+    ("provenance", "dictionary", "feature", "note", "pair", "tested", "firings", "verdict"),
+)
 LAYERS = ("layers", ("provenance", "pair", "target_tokens", "curves"))
 MEASURED = ("variants", "gap", "baseline", "primary_dose", "target_tokens")
 """What the record of a tested feature holds besides."""
@@ -85,7 +91,9 @@ class RunRecords:
             layers=_read(run / "layers" / "layers.json", LAYERS),
         )
         if not (found.dictionaries or found.scan or found.studies or found.layers):
-            raise InputError(f"no record in {run}; run `sae-steer train-sae`, `scan` and `intervene` first, or name a run folder")
+            raise InputError(
+                f"no record in {run}; run `sae-steer train-sae`, `scan` and `intervene` first, or name a run folder"
+            )
         return found
 
     @property
@@ -100,17 +108,21 @@ class RunRecords:
         parts = [
             ("no dictionary", "train-sae", not self.dictionaries),
             ("no scan of the features", "scan", not self.scan),
-            ("the table of all features is gone, so their scatter is not drawn", "scan --force", self.scan and self.features is None),
+            ("no table of all scanned features", "scan --force", self.scan and self.features is None),
             ("no feature was intervened on", STUDY[0], not self.studies),
             ("no curves over the layers", "layers", not self.layers),
         ]
         return [(what, f"sae-steer {command}") for what, command, absent in parts if absent]
 
     @property
-    def studied_here(self) -> list[int]:
-        """Features intervened on whose index belongs to the scanned dictionary."""
+    def studied_here(self) -> dict[int, str]:
+        """What became of the features whose index belongs to the scanned dictionary."""
         scanned = self.scan["provenance"]["inputs"]["dictionary"] if self.scan else None
-        return [study.record["feature"] for study in self.studies if study.dictionary == scanned]
+        return {
+            study.record["feature"]: "intervened on" if study.record["tested"] else "not tested"
+            for study in self.studies
+            if study.dictionary == scanned
+        }
 
     @property
     def named(self) -> list[tuple[str, Record]]:
@@ -127,15 +139,15 @@ class RunRecords:
         """(input, [(record, hash)]) where records were made from different ones."""
         found = []
         for kind in ("pair", "cache", "dictionary"):
-            hashes = [(path, inputs[kind]) for path, record in self.named if kind in (inputs := record["provenance"]["inputs"])]
+            every = [(path, record["provenance"]["inputs"].get(kind)) for path, record in self.named]
+            hashes = [(path, value) for path, value in every if value]
             if len({value for _, value in hashes}) > 1:
                 found.append((kind, hashes))
         return found
 
 
 def _studies(run: Path) -> Iterator[StudyRecord]:
-    paths = sorted(run.glob("intervene/feature-*/results.json"), key=lambda path: (len(path.parent.name), path.parent.name))
-    for path in paths:
+    for path in sorted(run.glob("intervene/feature-*/results.json"), key=lambda path: (len(str(path)), path)):
         record = _read(path, STUDY)
         if record["tested"]:
             _check_keys(path, record, MEASURED, STUDY[0])
@@ -150,10 +162,12 @@ def _read(path: Path, kind: tuple[str, tuple[str, ...]]) -> Record | None:
     return record
 
 
-def _check_keys(path: Path, record: Record, keys: tuple[str, ...], command: str) -> None:
-    lacking = [key for key in keys if key not in record]
+def _check_keys(path: Path, record: Any, keys: tuple[str, ...], command: str) -> None:
+    lacking = [key for key in keys if not isinstance(record, dict) or key not in record]
     if lacking:
-        raise InputError(f"{path} lacks {lacking[0]!r}; it was written by another version, run `sae-steer {command} --force`")
+        raise InputError(
+            f"{path} lacks {lacking[0]!r}; it was written by another version, run `sae-steer {command} --force`"
+        )
 
 
 def _weights(folder: Path) -> str | None:

@@ -1,49 +1,64 @@
 """One model, three libraries, the same logits."""
 
-import dataclasses
-
 import pytest
 import torch
+from tiny_pair import PACKAGED
 from transformers import AutoModelForCausalLM
 
+from sae_steer.corpus import write_plans
 from sae_steer.model.decoder import init_decoder
 from sae_steer.model.lens import to_hooked_transformer
 from sae_steer.model.loading import fingerprint, load_decoder, save_decoder
+from sae_steer.model.training import pad
 from sae_steer.runtime import generator
 from sae_steer.settings import PRESETS
 
-TINY = dataclasses.replace(PRESETS["small"], n_layers=2, d_vocab=64, d_mlp=96)
-SHAPES = {
-    "tied": TINY,
-    "untied": dataclasses.replace(TINY, tied=False),
-    "grouped queries": dataclasses.replace(TINY, n_kv_heads=2, rope_base=500_000.0),
-}
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+deprecated = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 
 
-@pytest.fixture(params=SHAPES, ids=list(SHAPES))
-def model(request):
-    model = init_decoder(SHAPES[request.param], generator(1)).requires_grad_(False).eval()
-    for parameter in model.parameters():
-        parameter.mul_(6.0) if parameter.ndim == 2 else parameter.uniform_(0.5, 1.5, generator=generator(2))
-    return model
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(0, 64, (3, 40), generator=generator(3))
+@pytest.fixture(scope="module")
+def plans(pair):
+    """Whole plans of both renderings, right-padded, and which positions are real."""
+    texts = [plan.text for variant in ("standard", "adhd") for plan in write_plans("confirm", variant, count=3, seed=0)]
+    ids = [pair.tokenizer.encode(text) for text in texts]
+    tokens = pad(ids, pair.tokenizer.pad_id)
+    return tokens, tokens != pair.tokenizer.pad_id
 
 
 def test_logits_equal_transformers_llama(model, tokens, tmp_path):
     save_decoder(model, tmp_path, dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(tokens).logits
-    torch.testing.assert_close(model(tokens), theirs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(tokens), theirs, **CLOSE)
 
 
+@deprecated
 def test_logits_and_residuals_equal_transformer_lens(model, tokens):
     logits, cache = to_hooked_transformer(model).run_with_cache(tokens)
-    torch.testing.assert_close(model(tokens), logits, atol=1e-4, rtol=1e-4)
-    resid = model.resid_posts(tokens, (0, 1))[1]
-    torch.testing.assert_close(resid, cache["blocks.1.hook_resid_post"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(tokens), logits, **CLOSE)
+    for layer, resid in model.resid_posts(tokens, (0, 1, 3)).items():
+        torch.testing.assert_close(resid, cache[f"blocks.{layer}.hook_resid_post"], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["standard", "adhd"])
+def test_the_packaged_models_are_the_same_in_transformers(pair, plans, name):
+    tokens, real = plans
+    theirs = AutoModelForCausalLM.from_pretrained(PACKAGED / name, dtype=torch.float32)
+    mask = {"attention_mask": real.long()}
+    torch.testing.assert_close(pair.model(name).decoder(tokens)[real], theirs(tokens, **mask).logits[real], **CLOSE)
+
+
+@deprecated
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["standard", "adhd"])
+def test_the_packaged_models_are_the_same_in_transformer_lens(pair, plans, name):
+    tokens, real = plans
+    ours = pair.model(name).decoder
+    logits, cache = to_hooked_transformer(ours).run_with_cache(tokens)
+    torch.testing.assert_close(ours(tokens)[real], logits[real], **CLOSE)
+    for layer, resid in ours.resid_posts(tokens, tuple(range(ours.shape.n_layers))).items():
+        torch.testing.assert_close(resid[real], cache[f"blocks.{layer}.hook_resid_post"][real], **CLOSE)
 
 
 def test_a_saved_model_loads_unchanged(model, tmp_path):

@@ -1,0 +1,45 @@
+"""The study on the embedded pair, as `sae-steer run` does it, for three features; keeps the records and the figures.
+
+    python experiments/embedded_study.py [FOLDER]  # about 8 minutes on 2 cores; resumes after a kill
+
+Runs in FOLDER (default: a new temporary one) and copies what the README quotes to experiments/results/small/.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results/small"
+FEATURES = ("like-2504", "2504")
+KEPT = ("scan/feature_diff.json", "layers/layers.json", "saes/adhd_L2_hook_resid_post/training.json")
+
+
+def steer(folder: Path, *arguments: str) -> Path:
+    """Run `sae-steer` in `folder`; the path it printed."""
+    command = [sys.executable, "-m", "sae_steer", *arguments]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return folder / done.stdout.strip()
+
+
+def keep(source: Path, name: str) -> None:
+    """Copy one file into the results."""
+    target = RESULTS / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="embedded-study-"))
+    steer(folder, "run")
+    for feature in FEATURES:
+        steer(folder, "intervene", "--feature", feature)
+    run = steer(folder, "report").parent
+    for name in KEPT:
+        keep(run / name, Path(name).name if "training" not in name else "adhd_L2.json")
+    for record in sorted(run.glob("intervene/*/results.json")):
+        keep(record, f"{record.parent.name}.json")
+    for figure in sorted(run.glob("figures/*.png")):
+        keep(figure, f"figures/{figure.name}")
+    print(RESULTS)

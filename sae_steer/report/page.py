@@ -1,0 +1,106 @@
+"""One offline page from a run's records.
+
+1. Read what the run folder holds; what is missing is named with the command that makes it.
+2. Draw the charts and write each as PNG and SVG under `figures/`.
+3. Fill the template, charts inlined: no script, no request, and the same records give the same bytes.
+"""
+
+from base64 import b64encode
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from sae_steer.report import figures, numbers
+from sae_steer.report.answer import answer, verdict
+from sae_steer.report.drawing import png_and_svg
+from sae_steer.report.effect_figures import control_histograms, describe, dose_curves, effect_forest
+from sae_steer.report.run import Record, RunRecords
+from sae_steer.runtime import Progress, replacing, silent, write_text
+
+PAGE_FILE, FIGURES_FOLDER = "report.html", "figures"
+FORMATS = (
+    numbers.count,
+    numbers.number,
+    numbers.percent,
+    numbers.points,
+    numbers.p_value,
+    numbers.points_interval,
+    numbers.percent_interval,
+    numbers.share_interval,
+    numbers.log_odds_interval,
+)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of the page."""
+
+    name: str
+    """Of its files, without the ending."""
+    alt: str
+    """In words, for those who cannot see it."""
+    draw: Callable[[], Figure]
+
+
+def write_report(run: Path, *, on_step: Progress = silent) -> Path:
+    """Write `report.html` and `figures/` into a run folder from the records in it; returns the page's path."""
+    run = Path(run)
+    records = RunRecords.read(run)
+    drawings = charts(records)
+    images = {}
+    for done, chart in enumerate(drawings):
+        on_step(done, len(drawings), chart.name)
+        png, svg = png_and_svg(chart.draw())
+        for ending, content in (("png", png), ("svg", svg)):
+            with replacing(run / FIGURES_FOLDER / f"{chart.name}.{ending}") as scratch:
+                scratch.write_bytes(content)
+        images[chart.name] = {"alt": chart.alt, "source": f"data:image/svg+xml;base64,{b64encode(svg).decode()}"}
+    written = write_text(run / PAGE_FILE, page(records, images))
+    on_step(len(drawings), len(drawings), PAGE_FILE)
+    return written
+
+
+def charts(run: RunRecords) -> list[Chart]:
+    """Every chart these records allow."""
+    found = []
+    if run.scan and run.features:
+        alt = "How often each feature fires in the two models, the first ones tabled below."
+        found.append(Chart("firing", alt, partial(figures.firing_scatter, run.scan, run.features, run.studied_here)))
+    for study in run.studies:
+        if study.record["tested"]:
+            found += [
+                Chart(f"{study.name}-effects", describe(study), partial(effect_forest, study)),
+                Chart(f"{study.name}-doses", "The effects over the doses, tabled below.", partial(dose_curves, study)),
+                Chart(
+                    f"{study.name}-controls", "The feature among random directions.", partial(control_histograms, study)
+                ),
+            ]
+    if run.layers and run.layers["curves"]:
+        alt = "Probability of the target tokens over the layers, tabled below."
+        found.append(Chart("layers", alt, partial(figures.layer_curves, run.layers)))
+    return found
+
+
+def page(run: RunRecords, images: dict[str, dict[str, str]]) -> str:
+    """The page's HTML; `images` are {chart: alt text and source}."""
+    environment = Environment(
+        loader=PackageLoader("sae_steer.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {form.__name__: form for form in FORMATS} | {"verdict": verdict}
+    return environment.get_template("report.html.j2").render(
+        run=run, images=images, answer=answer(run), target_tokens=_target_tokens(run)
+    )
+
+
+def _target_tokens(run: RunRecords) -> Record | None:
+    """The measured tokens, from the first record that names them."""
+    records = [study.record for study in run.studies if study.record["tested"]] + ([run.layers] if run.layers else [])
+    return next((record["target_tokens"] for record in records), None)

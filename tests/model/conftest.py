@@ -1,0 +1,38 @@
+"""Random models in three shapes, and tokens for them."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tiny_pair import lively
+
+from sae_steer.model.decoder import Decoder
+from sae_steer.runtime import generator
+from sae_steer.settings import PRESETS
+
+TINY = dataclasses.replace(PRESETS["small"], n_layers=4, d_vocab=64, d_mlp=96)
+SHAPES = {
+    "tied": TINY,
+    "untied": dataclasses.replace(TINY, tied=False),
+    "grouped queries": dataclasses.replace(TINY, n_kv_heads=2, rope_base=500_000.0),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A second thread gains nothing on tensors this small, and waits long where the machine is shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=SHAPES, ids=list(SHAPES))
+def model(request) -> Decoder:
+    return lively(SHAPES[request.param], 1)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 64, (3, 40), generator=generator(3))

@@ -1,0 +1,152 @@
+"""Texts carry the labels of the grammar or of the file, and tasks stay in one split."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sae_steer.corpus import write_plans
+from sae_steer.errors import InputError
+from sae_steer.pair.texts import GeneratedTexts, TextFile, TextSource
+from sae_steer.settings import SPLITS, CorpusSettings
+
+FEW = CorpusSettings(train_plans=12, scan_plans=8, tune_plans=4, confirm_plans=6)
+
+
+def all_texts(source: TextSource, pair) -> list:
+    return [text for split in SPLITS for text in source.texts(pair, split)]
+
+
+def test_generated_texts_carry_the_grammars_labels(tiny):
+    for split in ("train", "confirm"):
+        plans = {
+            (plan.prompt, plan.variant): plan
+            for variant in ("standard", "adhd")
+            for plan in write_plans(split, variant, count=getattr(FEW, f"{split}_plans"), seed=0)
+        }
+        texts = list(GeneratedTexts(FEW).texts(tiny, split))
+        first = min(text.prompt for text in texts)
+        assert len(texts) == len(plans)
+        for text in texts:
+            plan = plans[text.prompt - first, GeneratedTexts.variants[text.variant]]
+            assert tiny.tokenizer.decode(text.token.tolist()) == plan.text
+            assert text.task == plan.task.index
+            assert text.step[text.is_onset].tolist() == list(range(len(plan.steps)))
+            assert text.next_is_target[text.is_onset].tolist() == [step.is_target for step in plan.steps]
+            np.testing.assert_allclose(text.true_p[text.is_onset], [step.true_p for step in plan.steps], rtol=1e-6)
+            elsewhere = ~text.is_onset
+            assert (text.step[elsewhere] == -1).all()
+            assert np.isnan(text.true_p[elsewhere]).all()
+            assert not text.next_is_target[elsewhere].any()
+
+
+def test_the_renderings_of_a_plan_share_prompt_and_task_and_prompts_are_never_reused(tiny):
+    texts = all_texts(GeneratedTexts(FEW), tiny)
+    by_prompt: dict[int, list] = {}
+    for text in texts:
+        by_prompt.setdefault(text.prompt, []).append(text)
+    assert len(by_prompt) == 12 + 8 + 4 + 6
+    for renderings in by_prompt.values():
+        assert [text.variant for text in renderings] == [0, 1]
+        assert len({(text.task, text.split) for text in renderings}) == 1
+
+
+def test_no_task_is_in_two_splits(tiny):
+    tasks = [{text.task for text in GeneratedTexts(FEW).texts(tiny, split)} for split in SPLITS]
+    assert sum(map(len, tasks)) == len(set.union(*tasks))
+
+
+def test_one_rendering_alone_is_another_source(tiny):
+    alone = GeneratedTexts(FEW, variants=("adhd",))
+    assert alone.identity() != GeneratedTexts(FEW).identity()
+    both = [text for text in GeneratedTexts(FEW).texts(tiny, "scan") if text.variant == 1]
+    for one, other in zip(alone.texts(tiny, "scan"), both, strict=True):
+        assert np.array_equal(one.token, other.token)
+
+
+def test_other_settings_have_another_identity():
+    identities = [GeneratedTexts(CorpusSettings(seed=seed)).identity() for seed in (0, 0, 1)]
+    assert identities[0] == identities[1] != identities[2]
+
+
+@pytest.fixture
+def plans(tmp_path):
+    """Forty tasks, three texts each, as .jsonl."""
+    rows = [
+        {"text": f"<|task|>Task {task}<|steps|>Begin<|sep|>Sip water<|sep|><|end|>", "task": f"t{task}"}
+        for task in range(40)
+        for _ in range(3)
+    ]
+    path = tmp_path / "plans.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_file_is_dealt_to_splits_by_task_whole_and_always_alike(tiny, plans):
+    source = TextFile.read(plans)
+    by_split = {split: list(source.texts(tiny, split)) for split in SPLITS}
+    assert sum(map(len, by_split.values())) == 120
+    tasks = [{text.task for text in texts} for texts in by_split.values()]
+    assert sum(map(len, tasks)) == 40
+    assert all(text.split == split for split, texts in by_split.items() for text in texts)
+    assert len(tasks[0]) > len(tasks[2]), "the train split is the largest"
+    again = [text.prompt for text in all_texts(TextFile.read(plans), tiny)]
+    assert again == [text.prompt for text in all_texts(source, tiny)]
+
+
+def test_a_files_texts_are_labelled_by_the_pairs_rule_and_phrases(tiny, plans):
+    text = all_texts(TextFile.read(plans), tiny)[0]
+    opened = [tiny.tokenizer.decode([token]) for token in text.token[text.is_onset].tolist()]
+    assert opened == ["<|steps|>", "<|sep|>"]
+    assert text.next_is_target[text.is_onset].tolist() == [False, True]
+    assert np.isnan(text.true_p).all()
+
+
+def test_delimiters_typed_in_a_txt_file_are_delimiters(tiny, tmp_path):
+    path = tmp_path / "plans.txt"
+    path.write_text("<|task|>Tea<|steps|>Boil water<|sep|>Pour<|sep|><|end|>\nno plan at all\n")
+    plan, words = sorted(all_texts(TextFile.read(path), tiny), key=lambda text: text.prompt)
+    assert plan.is_onset.sum() == 2
+    assert plan.token[-1] == tiny.tokenizer.token_id("<|end|>")
+    assert not words.is_onset.any()
+
+
+def test_variants_of_a_file_are_named_and_numbered(tiny, tmp_path):
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"words {v}", "variant": v}) for v in ("calm", "adhd", "calm")))
+    source = TextFile.read(path)
+    assert source.variants == ("adhd", "calm")
+    texts = sorted(all_texts(source, tiny), key=lambda text: text.prompt)
+    assert [text.variant for text in texts] == [1, 0, 1]
+
+
+def test_the_identity_of_a_file_is_its_content_and_how_it_is_read(tmp_path):
+    line = json.dumps({"text": "words"})
+    paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "a.txt")]
+    for path in paths:
+        path.write_text(line)
+    one, same, otherwise = (TextFile.read(path).identity() for path in paths)
+    assert one == same != otherwise
+    paths[0].write_text(line + "\n" + line)
+    assert TextFile.read(paths[0]).identity() != one
+
+
+def test_a_text_longer_than_the_context_is_refused_with_its_line(tiny, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("short\n" + "word " * 600 + "\n")
+    with pytest.raises(InputError, match=r"long.txt, line 2, has \d+ tokens, and pair 'tiny' reads 512"):
+        all_texts(TextFile.read(path), tiny)
+
+
+def test_a_plan_longer_than_the_context_is_refused(tiny):
+    with pytest.raises(InputError, match=r"plan \d+ of 'train' \(\w+\) has \d+ tokens, and pair 'tiny' reads 30"):
+        all_texts(GeneratedTexts(FEW), replace(tiny, context=30))
+
+
+@pytest.mark.parametrize("content", ["", " \n \n", "<|task|><|steps|><|sep|>\n"])
+def test_an_empty_or_special_token_only_file_is_refused(tmp_path, content):
+    path = tmp_path / "empty.txt"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"empty\.txt"):
+        TextFile.read(path)

@@ -1,0 +1,207 @@
+"""Made-up records, in the shapes the commands write."""
+
+from pathlib import Path
+
+import numpy as np
+
+from sae_steer.records import write_json, write_table
+
+DICTIONARY, CACHE, PAIR = "d" * 64, "c" * 64, "a" * 64
+DOSES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def origin(**inputs: str) -> dict:
+    return {"sae_steer": "0.1.0", "commit": "f" * 40, "settings": {"seed": 0, "knob": 0.125}, "inputs": inputs}
+
+
+def training() -> dict:
+    return {
+        "provenance": origin(rows="e" * 64, model="adhd", layer="2"),
+        "model": "adhd",
+        "layer": 2,
+        "hook": "blocks.2.hook_resid_post",
+        "model_sha256": "b" * 64,
+        "final_fve": 0.8937,
+        "final_l0": 39.97,
+        "dead_pct_train": 0.0244,
+        "dead_pct_heldout": 1.4648,
+        "heldout_rows": 123_457,
+        "train_rows": 765_433,
+        "steps": 1464,
+    }
+
+
+def feature_table(d_sae: int = 400, onsets: int = 8770) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    rate = random.beta(0.3, 4, d_sae)
+    target = np.minimum((rate * random.lognormal(0, 0.4, d_sae) * onsets).astype(int), onsets)
+    reference = (rate * onsets).astype(int)
+    target[:40], reference[:40] = (random.uniform(0.02, 0.9, 40) * onsets).astype(int), random.poisson(6, 40)
+    target[7], reference[7], target[25], reference[25], target[300:], reference[300:] = 7901, 0, 5203, 4, 0, 0
+    table = {
+        "feature": np.arange(d_sae),
+        "target_hits": target,
+        "reference_hits": reference,
+        "onsets": np.full(d_sae, onsets),
+    }
+    for name, hits in (("target", target), ("reference", reference)):
+        share = hits / onsets
+        table |= {
+            f"{name}_rate": share,
+            f"{name}_rate_low": 0.9 * share,
+            f"{name}_rate_high": np.minimum(1.1 * share + 4e-4, 1),
+        }
+    odds = np.log((target + 0.5) / (reference + 0.5))
+    return table | {
+        "log_odds": odds,
+        "log_odds_low": odds - 0.8,
+        "log_odds_high": odds + 0.8,
+        "p": np.exp(-np.abs(odds) * 9),
+        "q": np.exp(-np.abs(odds) * 8),
+        "percentile": np.linspace(0, 100, d_sae),
+        "alive": target + reference > 0,
+        "specific": (target >= 0.01 * onsets) & (target >= 10 * reference),
+    }
+
+
+def scan(table: dict[str, np.ndarray], target: str = "adhd") -> dict:
+    def row(feature: int) -> dict:
+        return {name: column[feature].item() for name, column in table.items()}
+
+    specific = np.flatnonzero(table["specific"])
+    order = sorted(specific.tolist(), key=lambda feature: -table["log_odds_low"][feature])
+    return {
+        "provenance": origin(cache=CACHE, dictionary=DICTIONARY),
+        "sae_results": {
+            "adhd_L2": {"final_fve": 0.8937, "final_l0": 39.97, "dead_pct_train": 0.0244, "dead_pct_heldout": 1.4648}
+        },
+        "primary_count": len(specific),
+        "symmetry_count": None,
+        "layer_control_count": None,
+        "primary_top_features": [{"feat_id": 7, "adhd_rate": 0.5, "std_rate": 0.0}],
+        "dictionary": "adhd_L2_hook_resid_post",
+        "target": target,
+        "reference": "standard",
+        "cells": {
+            f"{m}/{v}/{p}": 5000 + i
+            for i, (m, v, p) in enumerate(
+                (m, v, p) for m in ("adhd", "standard") for v in ("standard", "adhd") for p in ("onset", "elsewhere")
+            )
+        },
+        "onsets": 8770,
+        "tasks": 187,
+        "alive": int(table["alive"].sum()),
+        "d_sae": len(table["feature"]),
+        "criteria": {
+            "min_rate": 0.01,
+            "max_q": 0.05,
+            "min_ratio": 10.0,
+            "like_rate": 0.59,
+            "like_max_reference": 0.005,
+        },
+        "top": [row(feature) for feature in order[:20]],
+        "like_2504": row(25),
+    }
+
+
+def estimate(mean: float, half: float, n: int) -> dict:
+    return {"mean": mean, "low": mean - half, "high": mean + half, "prompt_weighted": 0.97 * mean, "n": n, "tasks": 143}
+
+
+def effects(slope: float, n: int) -> dict:
+    rows = []
+    for dose in DOSES:
+        row = estimate(slope * dose, abs(0.31 * slope * dose) + (2e-4 if dose else 0), n)
+        share = {"share": row["mean"] / 0.243, "share_low": row["low"] / 0.25, "share_high": row["high"] / 0.24}
+        rows.append(row | share | {"dose": dose, "mean_delivered_norm": 1.37 * dose, "rows_edited": n if dose else 0})
+    return {"n": n, "tasks": 143, "doses": rows}
+
+
+def matcher(rate: float, delta: float) -> dict:
+    null = {"null_low": -0.0418, "null_high": 0.0397, "null_sd": 0.021, "p": 0.3417}
+    return {"rate": rate, "baseline_rate": rate - 0.8 * delta, "delta": delta, **null}
+
+
+def variant(name: str, model: str, sign: int, slope: float, seed: int, *, sampled: bool = True) -> dict:
+    means = np.random.default_rng(seed).normal(0, 0.0011, 99)
+    low, high = np.quantile(means, [0.025, 0.975]).tolist()
+    controls = {"family": "isotropic", "count": 99, "low": low, "high": high, "rank_p": 0.07, "means": means.tolist()}
+    matched = {"strict": matcher(0.413, slope), "lenient": matcher(0.447, 1.2 * slope)}
+    return {
+        "variant": name,
+        "model": model,
+        "site": "blocks.2.hook_resid_post",
+        "predicted_sign": sign,
+        "single": effects(slope, 1187),
+        "joint": effects(1.6 * slope, 4291),
+        "controls": controls,
+        "sampled": {"texts": 80, "steps": 1203, "mean_step_count": 15.04, **matched} if sampled else None,
+    }
+
+
+def study(feature: int, *, pair: str = "small", dictionary: str = DICTIONARY, sampled: bool = True) -> dict:
+    kinds = (
+        ("inject", "standard", 1, 0.0061),
+        ("subtract", "adhd", -1, -0.0138),
+        ("zero_ablate", "adhd", -1, 0.0007),
+        ("upstream", "standard", 1, 0.0004),
+    )
+    before = {"inject": 0.0312, "subtract": 0.2743, "zero_ablate": 0.2743, "upstream": 0.0312}
+    where = "1404 active onsets of the tune split"
+    firings = {"onsets": 2711, "of_onsets": 4291, "tasks": 141}
+    firings |= {"s": 3.217, "s_from": where, "s_share_of_resid_norm": 0.2193}
+    return {
+        "provenance": origin(pair=PAIR, cache=CACHE, dictionary=dictionary, feature=str(feature)),
+        "dictionary": "adhd_L2_hook_resid_post",
+        "dictionary_sha256": dictionary,
+        "feature": feature,
+        "note": f"an index belongs to its dictionary: feature {feature} of this one is no other's feature {feature}",
+        "pair": pair,
+        "verdict": None,
+        "tested": True,
+        "firings": firings,
+        "target_tokens": {"ids": [77, 912], "tokens": [" sip", " deep"], "coverage": 0.7831},
+        "primary_dose": 1.0,
+        "gap": {"single": estimate(0.2431, 0.0173, 1187), "joint": estimate(0.2519, 0.0164, 4291)},
+        "baseline": {"single": before, "joint": before},
+        "variants": [variant(*kind, seed, sampled=sampled) for seed, kind in enumerate(kinds)],
+    }
+
+
+def untested(feature: int) -> dict:
+    record = study(feature)
+    kept = {
+        key: record[key]
+        for key in ("provenance", "dictionary", "dictionary_sha256", "feature", "note", "pair", "verdict")
+    }
+    firings = {"onsets": 3, "of_onsets": 4291, "tasks": 2}
+    firings |= {"s": None, "s_from": "0 active rows of the tune split", "s_share_of_resid_norm": None}
+    return {
+        **kept,
+        "tested": False,
+        "reason": f"feature {feature} fires at 3 onsets of 2 tasks; a test needs 50 of 30",
+        "firings": firings,
+    }
+
+
+def layers(pair: str = "small") -> dict:
+    curves = []
+    for model, end in (("standard", 0.031), ("adhd", 0.274)):
+        for rendering, factor in (("standard", 0.31), ("adhd", 1.0)):
+            means = [factor * end * 0.11 ** (5 - layer) for layer in range(6)]
+            rows = [{"layer": i, "mean": mean, "low": 0.83 * mean, "high": 1.21 * mean} for i, mean in enumerate(means)]
+            curves.append({"model": model, "rendering": rendering, "n": 4017, "tasks": 149, "layers": rows})
+    tokens = {"ids": [77, 912], "tokens": [" sip", " deep"], "coverage": 0.7831}
+    return {"provenance": origin(pair=PAIR, cache=CACHE), "pair": pair, "target_tokens": tokens, "curves": curves}
+
+
+def write_run(run: Path) -> Path:
+    """A whole run: one dictionary, a scan, one tested and one untested feature, layers."""
+    table = feature_table()
+    write_json(run / "saes" / "adhd_L2_hook_resid_post" / "training.json", training())
+    write_json(run / "scan" / "feature_diff.json", scan(table))
+    write_table(run / "scan" / "features.parquet", table)
+    write_json(run / "intervene" / "feature-7" / "results.json", study(7))
+    write_json(run / "intervene" / "feature-25" / "results.json", untested(25))
+    write_json(run / "layers" / "layers.json", layers())
+    return run

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+from report_records import feature_table, layers, scan, study
+
+from sae_steer.report import effect_figures, figures
+from sae_steer.report.drawing import png_and_svg, spread
+from sae_steer.report.run import StudyRecord
+
+
+def texts(figure) -> str:
+    """All text of a figure."""
+    artists = figure.findobj(lambda artist: hasattr(artist, "get_text"))
+    return "\n".join(artist.get_text() for artist in artists)
+
+
+def test_every_labelled_feature_stands_where_the_table_has_it():
+    table = feature_table()
+    axes = figures.firing_scatter(scan(table), table, {7: "intervened on"}).axes[0]
+    for feature, x in ((7, None), (25, table["reference_rate"][25])):
+        drawn = [line.get_xydata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
+        near = [place for place in drawn if np.isclose(place[1], table["target_rate"][feature])]
+        assert near
+        assert x is None or any(np.isclose(place[0], x) for place in near)
+
+
+def test_a_rate_of_zero_is_drawn_at_the_axis():
+    table = feature_table()
+    axes = figures.firing_scatter(scan(table), table, {}).axes[0]
+    assert table["reference_rate"][7] == 0
+    assert axes.get_xticklabels()[0].get_text() == "0"
+    assert axes.get_xlim()[0] < axes.get_xticks()[0] < 1 / 8770
+
+
+def test_a_scan_without_specific_features_is_drawn():
+    table = feature_table() | {"specific": np.zeros(400, dtype=bool)}
+    record = scan(table) | {"top": [], "like_2504": None}
+    assert "specific to adhd (0)" in texts(figures.firing_scatter(record, table, {}))
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_the_forest_says_its_sizes_and_both_modes(sampled):
+    record = StudyRecord("feature-7", study(7, sampled=sampled))
+    figure = effect_figures.effect_forest(record)
+    assert len(figure.axes) == 1 + sampled
+    for words in ("1,187 onsets of 143 tasks", "4,291 of 143", "+24.3 [+22.6, +26.0]", "one onset at a time"):
+        assert words in texts(figure)
+
+
+def test_the_dose_curves_go_through_the_record():
+    record = study(7)
+    axes = effect_figures.dose_curves(StudyRecord("feature-7", record)).axes
+    for panel, variant in zip(axes, record["variants"], strict=True):
+        expected = [100 * row["mean"] for row in variant["joint"]["doses"]]
+        assert any(len(line.get_ydata()) == 6 and np.allclose(line.get_ydata(), expected) for line in panel.lines)
+
+
+def test_controls_that_all_do_nothing_are_drawn():
+    record = study(7)
+    for variant in record["variants"]:
+        variant["controls"] |= {"means": [0.0] * 99, "low": 0.0, "high": 0.0}
+    png_and_svg(effect_figures.control_histograms(StudyRecord("feature-7", record)))
+
+
+def test_a_probability_of_zero_does_not_break_the_layer_curves():
+    record = layers()
+    record["curves"][0]["layers"][0] |= {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert "n = 4,017 onsets, 149 tasks" in texts(figures.layer_curves(record))
+
+
+def test_names_are_text_and_no_formula():
+    record = layers()
+    record["curves"][0]["model"] = "$\\frac{a$_b"
+    png_and_svg(figures.layer_curves(record))
+
+
+def test_neighbours_end_up_apart_and_in_order():
+    assert spread([1.0, 0.0, 1.05], 0.2) == pytest.approx([1.0, 0.0, 1.2])

@@ -1,0 +1,528 @@
+"""The cache holds what the models compute, survives every kind of stop, and says what is wrong with it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from tiny_pair import SHAPE, lively, write_pair
+
+from sae_steer import cache as cache_module
+from sae_steer.cache import LABELS, ActivationCache, cache_activations, length_batches, site
+from sae_steer.corpus import write_plans
+from sae_steer.errors import InputError, NotFiniteError, StaleError, SteerError
+from sae_steer.model.decoder import Decoder
+from sae_steer.pair.model_pair import ModelPair, NamedModel, load_pair
+from sae_steer.pair.texts import GeneratedTexts, TextFile
+from sae_steer.settings import SPLITS, CacheSettings, CorpusSettings
+
+FEW = CorpusSettings(train_plans=16, scan_plans=8, tune_plans=4, confirm_plans=6)
+SETTINGS = CacheSettings(rows_per_shard=600, tokens_per_batch=2_048)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory) -> Path:
+    return write_pair(tmp_path_factory.mktemp("pairs") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_folder) -> ModelPair:
+    return load_pair(tiny_folder)
+
+
+def write(pair: ModelPair, out: Path, **changes) -> ActivationCache:
+    wanted = {"layers": (0, 2), "settings": SETTINGS, "source": GeneratedTexts(FEW), **changes}
+    return cache_activations(pair, out=out, **wanted)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory) -> Path:
+    """An uninterrupted cache; not to be spoilt."""
+    return write(tiny, tmp_path_factory.mktemp("whole") / "cache").folder
+
+
+@pytest.fixture
+def mine(whole, tmp_path) -> Path:
+    """A copy of it, to be spoilt."""
+    return Path(shutil.copytree(whole, tmp_path / "mine"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+
+
+def refusal(kind: type[SteerError], act) -> str:
+    with pytest.raises(kind) as refused:
+        act()
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+# What is in it
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_rows_are_the_models_own_streams_at_the_labelled_positions(pair, cache, split):
+    texts = cache.texts(split)
+    for model in pair.models:
+        for layer in (1, 2):
+            rows = torch.cat(list(cache.rows(model.name, layer, split).in_order()))
+            assert len(rows) == sum(map(len, texts))
+            for text, stored in islice(zip(texts, rows.split([len(text) for text in texts]), strict=True), 6):
+                tokens = torch.from_numpy(text.token.astype(np.int64))[None]
+                expected = model.decoder.resid_posts(tokens, (layer,))[layer][0]
+                torch.testing.assert_close(stored, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_float32_rows_are_exact_to_the_arithmetic(tiny, tmp_path):
+    cache = write(tiny, tmp_path / "exact", settings=replace(SETTINGS, dtype="float32"))
+    rows, text = next(cache.rows("adhd", 2, "scan").in_order()), cache.texts("scan")[0]
+    expected = tiny.target.decoder.resid_posts(torch.from_numpy(text.token.astype(np.int64))[None], (2,))[2][0]
+    torch.testing.assert_close(rows[: len(text)], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_labels_are_the_grammars(tiny, whole):
+    cache, first = ActivationCache.open(whole), 0
+    for split in SPLITS:
+        count = getattr(FEW, f"{split}_plans")
+        texts = cache.texts(split)
+        assert len(texts) == 2 * count
+        for variant in (0, 1):
+            plans = write_plans(split, cache.variants[variant], count=count, seed=0)
+            own = [text for text in texts if text.variant == variant]
+            for plan, text in zip(plans, own, strict=True):
+                assert (text.prompt, text.task, text.split) == (first + plan.prompt, plan.task.index, split)
+                assert tiny.tokenizer.decode(text.token.tolist()) == plan.text
+                assert text.step[text.is_onset].tolist() == list(range(len(plan.steps)))
+                assert text.next_is_target[text.is_onset].tolist() == [step.is_target for step in plan.steps]
+                np.testing.assert_allclose(text.true_p[text.is_onset], [step.true_p for step in plan.steps], rtol=1e-6)
+        first += count
+
+
+def test_positions_count_up_within_each_text(whole):
+    labels = ActivationCache.open(whole).labels("train")
+    assert set(labels) == set(LABELS)
+    assert len({len(column) for column in labels.values()}) == 1
+    step = np.diff(labels["position"])
+    assert ((step == 1) | (labels["position"][1:] == 0)).all()
+
+
+def test_no_task_is_in_two_splits_and_a_shard_is_of_one(whole):
+    cache = ActivationCache.open(whole)
+    tasks = [set(cache.labels(split)["task"].tolist()) for split in SPLITS]
+    assert sum(map(len, tasks)) == len(set.union(*tasks))
+    rows = {split: sum(s["rows"] for s in cache.manifest["shards"] if s["split"] == split) for split in SPLITS}
+    assert rows == {split: len(cache.labels(split)["token"]) for split in SPLITS}
+    assert all(shard["rows"] <= 600 or shard["texts"] == 1 for shard in cache.manifest["shards"])
+
+
+def test_rows_do_not_depend_on_how_texts_were_cut_into_shards(tiny, whole, tmp_path):
+    one = ActivationCache.open(whole)
+    other = write(tiny, tmp_path / "cut", settings=replace(SETTINGS, rows_per_shard=2_500, tokens_per_batch=700))
+    assert len(one.manifest["shards"]) > len(other.manifest["shards"])
+    for name, column in one.labels("train").items():
+        np.testing.assert_array_equal(column, other.labels("train")[name])
+    rows = [torch.cat(list(cache.rows("adhd", 2, "train").in_order())) for cache in (one, other)]
+    torch.testing.assert_close(*rows, rtol=2e-3, atol=2e-3)
+
+
+def test_a_memory_map_reads_what_h5py_reads(whole):
+    cache = ActivationCache.open(whole)
+    for model in ("standard", "adhd"):
+        rows = cache.rows(model, 2, "train")
+        shards = [shard for shard in cache.manifest["shards"] if shard["split"] == "train"]
+        assert len(shards) > 1
+        for part, shard in zip(rows.maps, shards, strict=True):
+            with h5py.File(whole / shard["file"]) as file:
+                stored = file[f"{model}/{site(2)}"]
+                assert stored.chunks is None
+                assert stored.compression is None
+                np.testing.assert_array_equal(part, stored[:])
+                assert part.dtype == np.float16
+
+
+def test_the_moments_are_numpys(whole):
+    rows = ActivationCache.open(whole).rows("adhd", 2, "train")
+    every = np.concatenate([part.astype(np.float64) for part in rows.maps])
+    assert rows.n_rows == len(every)
+    np.testing.assert_allclose(rows.mean.numpy(), every.mean(0), rtol=1e-6, atol=1e-6)
+    assert rows.mean_square == pytest.approx(((every - every.mean(0)) ** 2).sum(1).mean(), rel=1e-9)
+
+
+def test_rows_are_taken_by_number_across_shards(whole):
+    rows = ActivationCache.open(whole).rows("adhd", 2, "train")
+    every = torch.cat(list(rows.in_order(size=100)))
+    chosen = np.array([0, 5, 599, 600, 601, rows.n_rows - 1])
+    assert torch.equal(rows.take(chosen), every[chosen])
+
+
+def test_own_renderings_are_those_of_a_models_name(whole):
+    cache = ActivationCache.open(whole)
+    assert (cache.own_variants("standard"), cache.own_variants("adhd"), cache.own_variants("base")) == (
+        (0,), (1,), (0, 1),
+    )  # fmt: skip
+    assert {text.variant for text in cache.own_texts("scan", "adhd")} == {1}
+
+
+# Shuffled batches
+
+
+def test_a_batch_is_a_pure_function_of_its_step_and_seed(whole):
+    one, other = (ActivationCache.open(whole).rows("adhd", 2, "train") for _ in range(2))
+    forward = [one.batch(step, 64, 0) for step in range(200)]
+    backward = [other.batch(step, 64, 0) for step in reversed(range(200))][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
+    assert not torch.equal(one.batch(0, 64, 0), one.batch(0, 64, 1))
+
+
+def test_an_epoch_reads_every_whole_block_once_and_the_next_one_in_another_order(whole):
+    rows = ActivationCache.open(whole).rows("standard", 0, "train")
+    blocks = sum(len(part) // 16 for part in rows.maps)
+    expected = sorted(
+        part[start : start + 16].astype(np.float32).tobytes()
+        for part in rows.maps
+        for start in range(0, len(part) - 15, 16)
+    )
+    epochs = [
+        [rows.batch(epoch * blocks + step, 16, 3).numpy().tobytes() for step in range(blocks)] for epoch in (0, 1)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == expected
+    assert epochs[0] != epochs[1]
+
+
+def test_larger_batches_are_made_of_the_same_blocks_at_most_once_an_epoch(whole):
+    rows = ActivationCache.open(whole).rows("standard", 0, "train")
+    per_epoch = sum(len(part) // 16 for part in rows.maps) // 10
+    drawn = [block for step in range(per_epoch) for block in rows.batch(step, 160, 3).split(16)]
+    assert len({block.numpy().tobytes() for block in drawn}) == len(drawn) == 10 * per_epoch
+
+
+@pytest.mark.parametrize("size", [0, 8, 100, 16 * 10**6])
+def test_a_batch_size_that_cannot_be_cut_is_refused(whole, size):
+    rows = ActivationCache.open(whole).rows("adhd", 2, "train")
+    with pytest.raises(InputError, match=f"a batch of {size} rows"):
+        rows.batch(0, size, 0)
+
+
+def test_batches_of_like_length_hold_every_text_once():
+    lengths = torch.randint(1, 60, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = list(length_batches(lengths, 200))
+    assert sorted(chain.from_iterable(batches)) == list(range(100))
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 200 for batch in batches)
+    assert list(length_batches([], 200)) == []
+    assert list(length_batches([500, 3], 200)) == [[1], [0]]
+
+
+# Same inputs, same bytes; stopped and repeated, the same bytes
+
+
+def test_written_twice_the_files_are_the_same(tiny, whole, tmp_path):
+    write(tiny, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(whole)
+
+
+def test_a_finished_cache_is_reused(tiny, mine):
+    before = {path.name: path.stat().st_mtime_ns for path in mine.iterdir()}
+    write(tiny, mine, on_rows=lambda *told: pytest.fail("rows were written"))
+    assert {path.name: path.stat().st_mtime_ns for path in mine.iterdir()} == before
+
+
+def test_stopped_between_shards_and_repeated_equals_uninterrupted(tiny, whole, tmp_path):
+    def stop(done: int, total: int, note: str = "") -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tiny, tmp_path / "mine", on_rows=stop)
+    assert "only half written" in refusal(InputError, lambda: ActivationCache.open(tmp_path / "mine"))
+    kept = contents(tmp_path / "mine")
+    write(tiny, tmp_path / "mine")
+    assert contents(tmp_path / "mine") == contents(whole)
+    assert all(contents(whole)[name] == content for name, content in kept.items() if name.endswith(".h5"))
+
+
+WRITER = """
+import os, sys, time
+import torch
+from sae_steer import cache
+from sae_steer.cache import cache_activations
+from sae_steer.pair.model_pair import load_pair
+from sae_steer.pair.texts import GeneratedTexts
+from sae_steer.settings import CacheSettings, CorpusSettings
+
+for line in sys.stdin:  # a child for every folder named; nothing has run in torch yet, so a fork is safe
+    if (child := os.fork()) == 0:
+        torch.set_num_threads({threads})
+        streams = cache._streams
+        cache._streams = lambda *arguments: (time.sleep(0.03), streams(*arguments))[1]
+        cache_activations(load_pair({pair!r}), out=line.strip(), layers=(0, 2), settings={settings!r},
+                          source=GeneratedTexts({few!r}))
+        os._exit(0)
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("gone", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def writer(tiny_folder):
+    """A process that writes a cache in a child for every folder it is told."""
+    script = WRITER.format(threads=torch.get_num_threads(), pair=str(tiny_folder), settings=SETTINGS, few=FEW)
+    root = str(Path(cache_module.__file__).parents[1])
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": root},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+    )  # fmt: skip
+    yield process
+    process.stdin.close()
+    process.wait(timeout=30)
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kill_9_at_any_moment_then_again_equals_uninterrupted(tiny, whole, tmp_path, writer, seed):
+    out = tmp_path / "mine"
+    writer.stdin.write(f"{out}\n")
+    child = int(writer.stdout.readline())
+    deadline = time.monotonic() + 30
+    while not (out / "shard-00000.h5").exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(random.Random(seed).uniform(0, 0.5))
+    os.kill(child, signal.SIGKILL)
+    assert writer.stdout.readline() == "gone\n"
+    manifest = out / "manifest.json"
+    assert not (manifest.exists() and json.loads(manifest.read_text())["complete"]), "killed too late to say anything"
+    write(tiny, out)
+    assert contents(out) == contents(whole)
+
+
+# Other settings, other writers
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"layers": (1,)}, "layers: "),
+        ({"settings": replace(SETTINGS, dtype="float32")}, 'dtype: "float16", now "float32"'),
+        ({"source": GeneratedTexts(replace(FEW, seed=1))}, "texts: "),
+        ({"source": GeneratedTexts(FEW, variants=("adhd",))}, "texts: "),
+    ],
+    ids=["layers", "dtype", "texts", "variants"],
+)
+def test_a_cache_made_otherwise_is_refused_and_kept(tiny, mine, change, told):
+    before = contents(mine)
+    assert told in refusal(StaleError, lambda: write(tiny, mine, **change))
+    assert contents(mine) == before
+
+
+def test_a_half_written_cache_made_otherwise_is_refused_and_kept(tiny, mine):
+    manifest = json.loads((mine / "manifest.json").read_text())
+    (mine / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    before = contents(mine)
+    refusal(StaleError, lambda: write(tiny, mine, layers=(1,)))
+    assert contents(mine) == before
+
+
+def test_force_replaces_and_leaves_no_shard_of_the_old_cache(tiny, whole, mine):
+    write(tiny, mine, source=GeneratedTexts(replace(FEW, train_plans=2)), force=True)
+    listed = {shard["file"] for shard in ActivationCache.open(mine).manifest["shards"]}
+    assert {path.name for path in mine.glob("*.h5")} == listed
+    write(tiny, mine, force=True)
+    assert contents(mine) == contents(whole)
+
+
+def test_a_forced_rewrite_that_is_stopped_never_passes_for_the_old_cache(tiny, whole, mine, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    streams, calls = cache_module._streams, iter(range(100))
+    monkeypatch.setattr(cache_module, "_streams", lambda *a: streams(*a) if next(calls) < 2 else stop())
+    with pytest.raises(KeyboardInterrupt):
+        write(tiny, mine, layers=(1,), force=True)
+    monkeypatch.undo()
+    assert "only half written" in refusal(InputError, lambda: ActivationCache.open(mine))
+    write(tiny, mine, force=True)
+    assert contents(mine) == contents(whole)
+
+
+def test_a_forced_rewrite_with_bad_input_destroys_nothing(tiny, mine, tmp_path):
+    before = contents(mine)
+    words = tmp_path / "words.txt"
+    words.write_text("no step anywhere\n")
+    refusal(InputError, lambda: write(tiny, mine, source=TextFile.read(words), force=True))
+    refusal(InputError, lambda: write(tiny, mine, layers=(9,), force=True))
+    assert contents(mine) == before
+
+
+def test_a_second_writer_is_refused_while_the_first_one_writes(tiny, whole, tmp_path):
+    told = []
+
+    def write_too(done: int, total: int, note: str = "") -> None:
+        if not told:
+            told.append(refusal(SteerError, lambda: write(tiny, tmp_path / "mine")))
+
+    write(tiny, tmp_path / "mine", on_rows=write_too)
+    assert "another process is writing" in told[0]
+    assert contents(tmp_path / "mine") == contents(whole)
+
+
+# Damage
+
+
+def test_a_missing_or_cut_shard_is_named(mine):
+    path = mine / "shard-00001.h5"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert f"{path} is missing or cut short" in refusal(InputError, lambda: ActivationCache.open(mine))
+    path.unlink()
+    assert f"{path} is missing or cut short" in refusal(InputError, lambda: ActivationCache.open(mine))
+
+
+def test_a_flipped_bit_is_found_by_its_checksum_and_named(mine):
+    assert ActivationCache.open(mine).verify() == []
+    path = mine / "shard-00001.h5"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 4
+    path.write_bytes(content)
+    (wrong,) = ActivationCache.open(mine).verify()
+    assert str(path) in wrong
+
+
+@pytest.mark.parametrize("damage", [slice(0, 8), slice(0, 4_000)])
+def test_a_shard_that_is_no_hdf5_any_more_is_named(mine, damage):
+    path = mine / "shard-00000.h5"
+    content = bytearray(path.read_bytes())
+    content[damage] = bytes(len(content[damage]))
+    path.write_bytes(content)
+    cache = ActivationCache.open(mine)
+    assert f"{path} is damaged" in refusal(InputError, lambda: cache.rows("adhd", 2, "train"))
+    assert f"{path} is damaged" in refusal(InputError, lambda: cache.labels("train"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 0}'])
+def test_a_manifest_that_is_none_is_named(mine, content):
+    (mine / "manifest.json").write_text(content)
+    assert str(mine / "manifest.json") in refusal(InputError, lambda: ActivationCache.open(mine))
+
+
+def test_a_folder_without_a_cache_says_how_to_make_one(tmp_path):
+    assert "sae-steer cache" in refusal(InputError, lambda: ActivationCache.open(tmp_path))
+
+
+def test_what_a_cache_does_not_hold_is_named(whole, pair, tiny):
+    cache = ActivationCache.open(whole)
+    assert "holds layers 0, 2, not 1" in refusal(InputError, lambda: cache.rows("adhd", 1, "train"))
+    assert "standard and adhd, not 'base'" in refusal(InputError, lambda: cache.rows("base", 2, "train"))
+    assert "no 'test' rows" in refusal(InputError, lambda: cache.rows("adhd", 2, "test"))
+    cache.check_pair(tiny)
+    assert "from another pair than 'small'" in refusal(InputError, lambda: cache.check_pair(pair))
+
+
+# Values that cannot be stored
+
+
+def spoilt(pair: ModelPair, value: float) -> ModelPair:
+    """The pair, its target with an embedding that blows up at the token "x"."""
+    decoder = Decoder(pair.target.decoder.shape)
+    decoder.load_state_dict(pair.target.decoder.state_dict())
+    decoder.eval().requires_grad_(False)
+    decoder.embed_tokens.weight[pair.tokenizer.encode("x")[0]] = value
+    return replace(pair, target=NamedModel("adhd", decoder))
+
+
+@pytest.fixture
+def with_x(tmp_path) -> TextFile:
+    """Texts of which one has an x, at position 6 of prompt 1."""
+    path = tmp_path / "plans.jsonl"
+    plans = ["<|task|>a<|steps|>b<|sep|><|end|>", "<|task|>a<|steps|>b<|sep|>bx<|sep|><|end|>"]
+    path.write_text("\n".join(json.dumps({"text": plan, "task": "one"}) for plan in plans))
+    return TextFile.read(path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (float("nan"), "float16"), (float("nan"), "float32")])
+def test_a_value_that_cannot_be_stored_is_named_with_its_place(tiny, with_x, tmp_path, value, dtype):
+    settings = replace(SETTINGS, dtype=dtype)
+    broken = spoilt(tiny, value)
+    ids = tiny.tokenizer.encode(with_x.lines[1].text)
+    position = ids.index(tiny.tokenizer.encode("x")[0]) if value == value else 0  # attention spreads a NaN: 0 * NaN
+    told = refusal(
+        NotFiniteError, lambda: write(broken, tmp_path / "mine", layers=(0,), settings=settings, source=with_x)
+    )
+    assert f"model 'adhd' has a value {dtype} cannot hold after block 0, prompt 1, position {position};" in told
+    assert not list((tmp_path / "mine").glob("*.h5"))
+    repaired = write(tiny, tmp_path / "mine", layers=(0,), settings=settings, source=with_x)
+    assert repaired.verify() == []
+
+
+def test_a_value_too_large_for_float16_is_kept_in_float32(tiny, with_x, tmp_path):
+    settings = replace(SETTINGS, dtype="float32")
+    cache = write(spoilt(tiny, 1e5), tmp_path / "mine", layers=(0,), settings=settings, source=with_x)
+    (split,) = {shard["split"] for shard in cache.manifest["shards"]}
+    assert max(float(rows.max()) for rows in cache.rows("adhd", 0, split).in_order()) > 9e4
+
+
+# Folders that cannot be written
+
+
+def test_a_path_under_a_file_is_refused(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refusal(SteerError, lambda: write(tiny, tmp_path / "file" / "cache"))
+
+
+def test_a_full_disk_is_told_in_one_line_and_finished_shards_stay(tiny, whole, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs leave to mount a small disk")
+    try:
+        told = refusal(SteerError, lambda: write(tiny, disk / "mine"))
+        assert "No space left on device; free space" in told
+        kept = [path.name for path in sorted((disk / "mine").glob("*.h5"))]
+        assert 0 < len(kept) < len(list(whole.glob("*.h5")))
+        assert not list((disk / "mine").glob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        write(tiny, disk / "mine")
+        assert contents(disk / "mine") == contents(whole)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# Requests that make no sense
+
+
+def test_requests_that_make_no_sense_are_refused_before_anything_is_written(tiny, tmp_path):
+    out = tmp_path / "mine"
+    assert "no layer 3" in refusal(InputError, lambda: write(tiny, out, layers=(3,)))
+    assert "name one with --layer" in refusal(InputError, lambda: write(tiny, out, layers=()))
+    settings = replace(SETTINGS, dtype="int8")
+    assert "'int8'; choose float16 or float32" in refusal(InputError, lambda: write(tiny, out, settings=settings))
+    odd = replace(tiny, target=NamedModel("moments", tiny.target.decoder))
+    assert "cannot be called 'moments'" in refusal(InputError, lambda: write(odd, out))
+    assert not out.exists()
+    none = CorpusSettings(train_plans=0, scan_plans=0, tune_plans=0, confirm_plans=0)
+    assert "no texts to cache" in refusal(InputError, lambda: write(tiny, out, source=GeneratedTexts(none)))
+
+
+def test_the_same_layers_in_another_order_are_the_same_cache(tiny, whole):
+    assert write(tiny, whole, layers=[2, 0, 2]).layers == (0, 2)
+
+
+def test_models_of_different_width_share_a_cache(tiny, tmp_path):
+    odd = replace(tiny, reference=NamedModel("standard", lively(replace(SHAPE, d_model=16), 5)))
+    cache = write(odd, tmp_path / "mine")
+    assert (cache.rows("standard", 2, "scan").d_in, cache.rows("adhd", 2, "scan").d_in) == (16, 32)
+    assert cache.rows("standard", 2, "scan").n_rows == cache.rows("adhd", 2, "scan").n_rows

@@ -1,0 +1,379 @@
+"""The command line: help, defaults, what goes to stdout, and bad input told in one line."""
+
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+from toy import write_toy_pair
+
+from sae_steer.cli import main
+from sae_steer.sae.architectures import TopKConfig, TopKSAE
+from sae_steer.sae.saelens import load_sae, read_metadata, save_sae
+from sae_steer.settings import (
+    CacheSettings,
+    CorpusSettings,
+    InterveneSettings,
+    LayersSettings,
+    PairTrainingSettings,
+    SAESettings,
+    ScanSettings,
+)
+from sae_steer.terminal import Bar
+
+SETTINGS = {
+    "train-pair": (PairTrainingSettings,),
+    "cache": (CorpusSettings, CacheSettings),
+    "train-sae": (SAESettings,),
+    "scan": (ScanSettings,),
+    "intervene": (InterveneSettings,),
+    "layers": (LayersSettings,),
+}
+CACHE = ("cache", "--train-plans", "60", "--scan-plans", "40", "--tune-plans", "30", "--confirm-plans", "40")
+DICTIONARY = ("train-sae", "--k", "6", "--d-sae", "48", "--rows", "6400", "--batch-size", "256")
+SAE = ("--sae", "runs/toy/saes/adhd_L2_hook_resid_post_k6_d48")
+
+
+def steer(*arguments) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """The current folder: a toy pair, and what each command in turn has made of it and said."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("workplace")
+        patch.chdir(folder)
+        write_toy_pair(folder / "toy")
+        said = {
+            command[0]: steer(*command, *("--pair", "toy"))
+            for command in (
+                CACHE,
+                DICTIONARY,
+                ("scan", *SAE),
+                ("intervene", *SAE, "--generations", "4", "--prompts", "30"),
+                ("layers", "--prompts", "10"),
+                ("report",),
+            )
+        }
+        yield said
+
+
+@pytest.fixture
+def here(workplace, tmp_path, monkeypatch):
+    """An empty folder to be in, with the toy pair in reach; `made` is where its finished outputs lie."""
+    made = Path.cwd()
+    monkeypatch.chdir(tmp_path)
+    return made
+
+
+def refused(result: Result, *parts: str) -> None:
+    """Exit code 1, and one line on stderr that names `parts`."""
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+# Help
+
+
+def test_every_command_has_help_with_an_example_and_every_option_a_help_text():
+    for name, command in main.commands.items():
+        told = steer(name, "-h")
+        assert told.exit_code == 0
+        assert f"sae-steer {name}" in told.stdout.split("Example", 1)[1], name
+        for option in command.params:
+            assert not isinstance(option, click.Option) or option.help, f"{name} {option.name}"
+
+
+def test_defaults_are_those_of_the_settings_and_are_shown():
+    for name, kinds in SETTINGS.items():
+        known = {field.name: field.default for kind in kinds for field in dataclasses.fields(kind)}
+        shared = [option for option in main.commands[name].params if option.name in known]
+        assert shared, name
+        told = " ".join(steer(name, "--help").stdout.split())
+        for option in shared:
+            assert option.default == known[option.name], f"{name} {option.name}"
+            assert f"[default: {option.default}" in told, f"{name} {option.name}"
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom sae_steer.cli import main\n"
+        "for arguments in (['--help'], ['run', '-h'], ['intervene', '-h'], ['--version']):\n"
+        "    main(arguments, standalone_mode=False)\n"
+        "print([n for n in ('torch', 'transformer_lens', 'sae_lens', 'numpy', 'h5py') if n in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-1] == "[]"
+
+
+def test_wrong_usage_exits_with_2():
+    for arguments in (
+        ["fly"],
+        ["scan", "--colour", "red"],
+        ["train-sae", "--k", "many"],
+        ["train-sae", "--k", "0"],
+        ["intervene", "--prompts", "-5"],
+        ["train-pair", "--preset", "huge"],
+        ["info", "/nowhere/at/all"],
+    ):
+        assert steer(*arguments).exit_code == 2, arguments
+
+
+# What is written where
+
+
+def test_each_command_picks_up_what_the_one_before_wrote_and_says_where_its_own_lies(workplace):
+    wanted = {
+        "cache": "activations/toy",
+        "train-sae": "runs/toy/saes/adhd_L2_hook_resid_post_k6_d48",
+        "scan": "runs/toy/scan",
+        "layers": "runs/toy/layers",
+        "report": "runs/toy/report.html",
+    }
+    for name, path in wanted.items():
+        assert workplace[name].exit_code == 0, workplace[name].output
+        assert workplace[name].stdout == f"{path}\n"
+        assert Path(path).exists()
+
+
+def test_results_for_people_go_to_stderr_and_the_path_alone_to_stdout(workplace):
+    top = json.loads(Path("runs/toy/scan/feature_diff.json").read_text())["top"][0]["feature"]
+    said = workplace["intervene"]
+    assert said.exit_code == 0, said.output
+    assert said.stdout == f"runs/toy/intervene/feature-{top}\n"
+    assert f"feature {top} of this one is not feature {top} of any other" in said.stderr
+    for variant in ("inject", "subtract", "zero_ablate", "upstream"):
+        assert f"\n{variant} " in said.stderr
+    assert "features are specific" in workplace["scan"].stderr
+
+
+def test_features_are_named_by_number_top_or_likeness(workplace, tmp_path):
+    record = json.loads(Path("runs/toy/scan/feature_diff.json").read_text())
+    wanted = {"top": record["top"][0]["feature"], "like-2504": record["like_2504"]["feature"], "3": 3}
+    for name, feature in wanted.items():
+        out = tmp_path / name
+        said = steer("intervene", "--pair", "toy", *SAE, "--feature", name, "--prompts", "1", "--out", out)
+        assert said.stdout == f"{out}\n"
+        assert json.loads((out / "results.json").read_text())["feature"] == feature
+
+
+def test_a_feature_with_too_few_firings_is_told_with_its_count_and_exit_0(workplace, tmp_path):
+    said = steer("intervene", "--pair", "toy", *SAE, "--feature", "0", "--prompts", "1", "--out", tmp_path)
+    assert said.exit_code == 0
+    assert "a test needs 50 onsets of 30 tasks" in said.stderr
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["tested"] is False
+    assert record["firings"]["tasks"] <= 1
+
+
+def test_info_says_what_a_path_is(workplace):
+    for path, said in (
+        ("toy", "pair 'toy', 1029 tokens, context 512"),
+        ("activations/toy", "every checksum is right"),
+        (SAE[1], "topk dictionary adhd_L2_hook_resid_post: 16 -> 48, k 6"),
+        ("runs/toy/scan/feature_diff.json", "record made by sae-steer"),
+        ("runs/toy", "scan/feature_diff.json"),
+    ):
+        found = steer("info", path)
+        assert found.exit_code == 0, found.output
+        assert said in found.stdout
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_line_redrawn_on_a_terminal_and_silent_until_the_end_elsewhere(monkeypatch):
+    for screen, wanted in ((Terminal(), "\r\x1b[2Ktrain:  50%, 0 s left  half"), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stderr", screen)
+        bar = Bar("train", _said=-1e9 if screen.isatty() else time.monotonic())
+        bar(0, 4)
+        bar._said = -1e9 if screen.isatty() else bar._said
+        bar(2, 4, "half")
+        assert screen.getvalue().endswith(wanted)
+        assert "\n" not in screen.getvalue()
+        bar(4, 4, "all")
+        assert screen.getvalue().endswith("train: 100%  all\n")
+
+
+def test_the_time_left_is_that_of_this_process(monkeypatch):
+    screen, now = Terminal(), [100.0]
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    bar = Bar("resumed")
+    bar(500, 1000)  # found finished by the process before
+    now[0] += 10
+    bar(600, 1000)
+    assert screen.getvalue().endswith("resumed:  60%, 40 s left  ")
+    now[0] += 200
+    bar(700, 1000)
+    assert screen.getvalue().endswith("resumed:  70%, 5 min 15 s left  ")
+
+
+# Bad input
+
+
+def test_a_missing_cache(here):
+    for command in ("train-sae", "scan", "intervene", "layers"):
+        refused(steer(command, "--pair", here / "toy"), "no activation cache in activations/toy", "sae-steer cache")
+
+
+def test_a_half_written_cache(here):
+    shutil.copytree(here / "activations" / "toy", "half")
+    manifest = json.loads(Path("half/manifest.json").read_text())
+    Path("half/manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    refused(steer("train-sae", "--pair", here / "toy", "--cache", "half"), "half", "repeat `sae-steer cache`")
+    refused(steer("info", "half"), "only half written")
+    Path("half/manifest.json").write_text(json.dumps(manifest))
+    cut = Path("half") / manifest["shards"][1]["file"]
+    cut.write_bytes(cut.read_bytes()[:-1])
+    refused(steer("layers", "--pair", here / "toy", "--cache", "half"), cut.name, "missing or cut short")
+
+
+def test_a_damaged_cache_is_found_by_its_checksums(here):
+    shutil.copytree(here / "activations" / "toy", "damaged")
+    shard = next(Path("damaged").glob("*.h5"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    said = steer("info", "damaged")
+    assert said.exit_code == 1
+    assert f"{shard} does not have the checksum" in said.stdout
+
+
+def test_a_missing_dictionary_and_a_missing_scan(here):
+    known = ("--pair", here / "toy", "--cache", here / "activations" / "toy")
+    refused(steer("scan", *known), "no dictionary in runs/toy/saes/adhd_L2_hook_resid_post", "sae-steer train-sae")
+    refused(steer("intervene", *known, "--sae", here / SAE[1]), "no scan in runs/toy/scan", "sae-steer scan")
+
+
+def test_a_dictionary_of_another_width_or_model(here):
+    known = ("--pair", here / "toy", "--cache", here / "activations" / "toy")
+    facts = read_metadata(here / SAE[1])
+    save_sae(TopKSAE(TopKConfig(d_in=20, d_sae=48, k=6)), Path("wide"), metadata=facts)
+    save_sae(load_sae(here / SAE[1]), Path("other"), metadata={**facts, "model_sha256": "0" * 64})
+    save_sae(load_sae(here / SAE[1]), Path("bare"), metadata={})
+    for command in (("scan",), ("intervene", "--feature", "1")):
+        refused(steer(*command, *known, "--sae", "wide"), "reads 20 dimensions and model 'adhd' has 16")
+        refused(steer(*command, *known, "--sae", "other"), "another model called 'adhd'")
+        refused(steer(*command, *known, "--sae", "bare"), "does not say which model and layer")
+
+
+def test_a_feature_outside_the_dictionary_and_one_that_is_none(here):
+    known = ("--pair", here / "toy", "--cache", here / "activations" / "toy", "--sae", here / SAE[1])
+    refused(steer("intervene", *known, "--feature", "2504"), "feature 2504", "it has features 0 to 47")
+    refused(steer("intervene", *known, "--feature", "-1"), "feature -1")
+    refused(steer("intervene", *known, "--feature", "best"), "takes an index, top or like-2504, not 'best'")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [("", "is empty"), ("  \n \n", "is empty"), ("<|sep|><|end|>\n", "line 1"), ("ok\n<|pad|>\n", "line 2")],
+)
+def test_a_prompt_file_that_is_empty_or_holds_special_tokens_alone(here, content, told):
+    Path("texts.txt").write_text(content)
+    refused(steer("cache", "--pair", here / "toy", "--texts", "texts.txt"), "texts.txt", told)
+    assert not Path("activations").exists()
+
+
+def test_a_prompt_file_that_cannot_be_read(here):
+    refused(steer("cache", "--pair", here / "toy", "--texts", "none.txt"), "cannot read none.txt")
+    refused(steer("cache", "--pair", here / "toy", "--texts", "none.csv"), "give a .txt or .jsonl file")
+
+
+def test_an_output_folder_that_cannot_be_written(here):
+    Path("file").write_text("mine")
+    known = ("--pair", here / "toy")
+    cache = ("--cache", here / "activations" / "toy")
+    for command in (
+        (*CACHE, *known),
+        (*DICTIONARY, *known, *cache),
+        ("scan", *known, *cache, "--sae", here / SAE[1]),
+        ("intervene", *known, *cache, "--sae", here / SAE[1], "--feature", "3"),
+        ("layers", *known, *cache),
+        ("run", *known),
+    ):
+        refused(steer(*command, "--out", "file/folder"), "file", "folder")
+    assert Path("file").read_text() == "mine"
+
+
+def test_a_pair_that_is_not_there(here):
+    refused(steer("cache", "--pair", "nobody"), "no pair 'nobody'", "small")
+    refused(steer("run", "--pair", "nobody"), "no pair 'nobody'")
+
+
+def test_a_layer_or_model_the_pair_does_not_have(here):
+    refused(steer("cache", "--pair", here / "toy", "--layer", "9"), "has no layer 9; it has layers 0 to 3")
+    known = ("--pair", here / "toy", "--cache", here / "activations" / "toy")
+    refused(steer("train-sae", *known, "--layer", "1"), "holds layers 2, not 1")
+    refused(steer("train-sae", *known, "--model", "gpt"), "has no model 'gpt'; it has 'standard' and 'adhd'")
+
+
+def test_an_activation_that_is_not_finite(here):
+    shutil.copytree(here / "toy", "broken")
+    weights = load_file("broken/adhd/model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, "broken/adhd/model.safetensors", {"format": "pt"})
+    refused(steer(*CACHE, "--pair", "broken"), "model 'adhd'", "after block 2", "position 0")
+    refused(steer("train-sae", "--pair", "broken"), "cache")
+
+
+def test_tokenizers_that_disagree(here):
+    shutil.copytree(here / "toy", "clash")
+    facts = json.loads(Path("clash/tokenizer.json").read_text())
+    vocabulary = facts["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    Path("clash/adhd/tokenizer.json").write_text(json.dumps(facts))
+    refused(steer("cache", "--pair", "clash"), "disagrees with the pair's on ids", "both models must read the same ids")
+
+
+def test_outputs_of_other_settings_are_refused_and_left_alone(workplace):
+    known = ("--pair", "toy")
+    cases = {
+        "activations/toy/manifest.json": ("cache", *known, "--train-plans", "61"),
+        f"{SAE[1]}/training.json": (*DICTIONARY, *known, "--lr", "0.1"),
+        "runs/toy/scan/feature_diff.json": ("scan", *known, *SAE, "--min-rate", "0.3"),
+        "runs/toy/layers/layers.json": ("layers", *known, "--prompts", "9"),
+    }
+    for path, command in cases.items():
+        before = Path(path).read_bytes()
+        refused(steer(*command), "made with other", "--force")
+        assert Path(path).read_bytes() == before
+
+
+def test_a_report_of_nothing(here):
+    refused(steer("report", "--run", "."), "no record in")
+    Path("plain.json").write_text("{}")
+    refused(steer("info", "plain.json"), "no record of this package")
+    Path("empty").mkdir()
+    refused(steer("info", "empty"), "holds no pair, cache, dictionary or record")
+
+
+def test_a_message_of_several_lines_is_told_in_one(monkeypatch):
+    from sae_steer.errors import InputError
+
+    @click.command()
+    def fail():
+        raise InputError("first\nsecond")
+
+    monkeypatch.setitem(main.commands, "fail", fail)
+    refused(steer("fail"), "Error: first second")

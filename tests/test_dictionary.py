@@ -1,0 +1,167 @@
+"""A dictionary is learned once, found again, and refused where it does not belong."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_pair import SHAPE, lively, write_pair
+
+from sae_steer.cache import ActivationCache, cache_activations
+from sae_steer.dictionary import check_fits, default_folder, load_dictionary, train_sae
+from sae_steer.errors import InputError, StaleError
+from sae_steer.model.decoder import Decoder
+from sae_steer.pair.model_pair import NamedModel, load_pair
+from sae_steer.pair.texts import GeneratedTexts
+from sae_steer.sae.log import Quiet, StepFacts
+from sae_steer.settings import CacheSettings, CorpusSettings, SAESettings
+
+SETTINGS = SAESettings(d_sae=64, k=4, rows=60 * 64, batch_size=64, dead_after_rows=500, aux_k=8, checkpoint_every=10)
+FEW = CorpusSettings(train_plans=20, scan_plans=8, tune_plans=2, confirm_plans=2)
+FILES = ("cfg.json", "sae_weights.safetensors", "training.json")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return load_pair(write_pair(tmp_path_factory.mktemp("pairs") / "tiny"))
+
+
+def cached(pair, out: Path, texts: CorpusSettings = FEW, layers: tuple[int, ...] = (0, 2)) -> ActivationCache:
+    settings = CacheSettings(rows_per_shard=1_500)
+    return cache_activations(pair, out=out, layers=layers, settings=settings, source=GeneratedTexts(texts))
+
+
+@pytest.fixture(scope="module")
+def small(tiny, tmp_path_factory) -> ActivationCache:
+    return cached(tiny, tmp_path_factory.mktemp("caches") / "small")
+
+
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run; not to be spoilt."""
+    folder = tmp_path_factory.mktemp("saes") / "whole"
+    train_sae(small, model="adhd", layer=2, out=folder, settings=SETTINGS)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+class StopAt(Quiet):
+    """A Ctrl-C, as it were, after a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def step(self, facts: StepFacts) -> None:
+        if facts.step >= self.at:
+            raise KeyboardInterrupt
+
+
+def test_a_dictionary_says_what_it_is_of(whole):
+    found = load_dictionary(whole)
+    assert (found.model, found.layer, found.name) == ("adhd", 2, "adhd_L2_hook_resid_post")
+    assert (found.sae.config.d_in, found.sae.config.d_sae, found.sae.config.k) == (32, 64, 4)
+    record = found.record
+    assert record == {**json.loads((whole / "training.json").read_text()), "settings": record["settings"]}
+    assert record["hook"] == "blocks.2.hook_resid_post"
+    assert 0 < record["final_fve"] < 1
+    assert record["final_l0"] == pytest.approx(4, abs=0.1)
+    assert record["heldout_rows"] > 500
+    assert not any(parameter.requires_grad for parameter in found.sae.parameters())
+
+
+@pytest.mark.parametrize("at", [10, 30, 60])
+def test_stopped_and_repeated_equals_uninterrupted(small, whole, tmp_path, at):
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(small, model="adhd", layer=2, out=tmp_path, settings=SETTINGS, log=StopAt(at))
+    assert not (tmp_path / "training.json").exists()
+    train_sae(small, model="adhd", layer=2, out=tmp_path, settings=SETTINGS)
+    assert contents(tmp_path) == contents(whole)
+    assert not (tmp_path / "training" / "state.safetensors").exists()
+
+
+def test_a_finished_dictionary_is_reused(small, whole):
+    before = contents(whole)
+    again = train_sae(small, model="adhd", layer=2, out=whole, settings=SETTINGS, log=StopAt(0))
+    assert again.sha256 == load_dictionary(whole).sha256
+    assert contents(whole) == before
+
+
+@pytest.mark.parametrize("change", [{"settings": replace(SETTINGS, seed=1)}, {"model": "standard"}, {"layer": 0}])
+def test_one_made_otherwise_is_refused_and_kept(small, whole, change):
+    before = contents(whole)
+    with pytest.raises(StaleError, match="--force to replace it"):
+        train_sae(small, **{"model": "adhd", "layer": 2, "settings": SETTINGS, **change}, out=whole)
+    assert contents(whole) == before
+
+
+def test_one_measured_on_other_held_out_rows_is_refused(tiny, whole, tmp_path):
+    other = cached(tiny, tmp_path / "cache", replace(FEW, scan_plans=6))
+    with pytest.raises(StaleError, match="held_out: "):
+        train_sae(other, model="adhd", layer=2, out=whole, settings=SETTINGS)
+
+
+def test_force_trains_anew_even_over_a_run_begun_otherwise(small, whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(small, model="adhd", layer=2, out=tmp_path, settings=replace(SETTINGS, seed=1), log=StopAt(20))
+    with pytest.raises(StaleError, match="other settings"):
+        train_sae(small, model="adhd", layer=2, out=tmp_path, settings=SETTINGS)
+    train_sae(small, model="adhd", layer=2, out=tmp_path, settings=SETTINGS, force=True)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_cache_without_held_out_rows_is_refused_before_training(tiny, tmp_path):
+    bare = cached(tiny, tmp_path / "cache", replace(FEW, scan_plans=0))
+    with pytest.raises(InputError, match="no 'scan' rows"):
+        train_sae(bare, model="adhd", layer=2, out=tmp_path / "sae", settings=SETTINGS, log=StopAt(0))
+
+
+def test_a_dictionary_fits_the_cache_it_came_from(small, whole):
+    check_fits(load_dictionary(whole), small)
+
+
+def of_another(dictionary, tiny, tmp_path, **models) -> tuple:
+    return dictionary, cached(replace(tiny, **models), tmp_path / "cache")
+
+
+def test_a_dictionary_of_another_model_is_refused(tiny, whole, tmp_path):
+    found = load_dictionary(whole)
+    with pytest.raises(InputError, match="is of model 'adhd', and this cache holds standard and tuned"):
+        check_fits(*of_another(found, tiny, tmp_path / "a", target=NamedModel("tuned", tiny.target.decoder)))
+    with pytest.raises(InputError, match="trained on another model called 'adhd'"):
+        check_fits(*of_another(found, tiny, tmp_path / "b", target=NamedModel("adhd", lively(SHAPE, 9))))
+
+
+def test_a_dictionary_of_another_width_is_refused(tiny, whole, tmp_path):
+    narrow: Decoder = lively(replace(SHAPE, d_model=16), 9)
+    with pytest.raises(InputError, match="reads 32 dimensions and model 'adhd' has 16"):
+        check_fits(*of_another(load_dictionary(whole), tiny, tmp_path, target=NamedModel("adhd", narrow)))
+
+
+def test_a_dictionary_of_a_layer_that_is_not_cached_is_refused(tiny, whole, tmp_path):
+    with pytest.raises(InputError, match="is of layer 2, and this cache holds layers 0, 1"):
+        check_fits(load_dictionary(whole), cached(tiny, tmp_path / "cache", layers=(0, 1)))
+
+
+def test_a_folder_without_a_dictionary_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"no dictionary in .*nowhere; run `sae-steer train-sae`"):
+        load_dictionary(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("metadata", [{}, {"sae_steer": {}}, {"sae_steer": {"settings": {}, "steps": 3}}])
+def test_a_dictionary_that_does_not_say_what_it_was_trained_on_is_refused(whole, tmp_path, metadata):
+    folder = Path(shutil.copytree(whole, tmp_path / "mine"))
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**config, "metadata": metadata}))
+    with pytest.raises(InputError, match="does not say which model and layer"):
+        load_dictionary(folder)
+
+
+def test_the_default_folder_names_what_differs_from_the_default_settings():
+    assert default_folder("adhd", 2, SAESettings()) == "adhd_L2_hook_resid_post"
+    assert default_folder("standard", 0, SAESettings(k=20, d_sae=8192, seed=1)) == (
+        "standard_L0_hook_resid_post_k20_d8192_s1"
+    )
