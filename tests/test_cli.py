@@ -217,7 +217,7 @@ def test_the_time_left_is_that_of_this_process(monkeypatch):
     screen, now = Terminal(), [100.0]
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    bar = Bar("resumed")
+    bar = Bar("resumed", _said=0.0)
     bar(500, 1000)  # found finished by the process before
     now[0] += 10
     bar(600, 1000)

@@ -1,5 +1,7 @@
 """Replayed readings against whole forward passes with hooks, one onset at a time."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -132,9 +134,10 @@ def test_readings_do_not_depend_on_how_texts_are_batched(pair, texts, chosen, on
     np.testing.assert_allclose(alone.mass, together.mass, atol=1e-6, rtol=1e-4)
 
 
-def test_an_edit_that_moved_nothing_is_an_error_that_names_it(pair, onsets, dictionary, scan):
-    silent = ZeroAblate(dictionary.sae, int(np.flatnonzero(~scan.alive)[0]))
-    found = read(pair.target.decoder, 2, onsets, [silent], TARGET)
+def test_an_edit_that_moved_nothing_is_an_error_that_names_it(pair, onsets, dictionary):
+    sae = copy.deepcopy(dictionary.sae)
+    sae.b_enc[5] = -1e6
+    found = read(pair.target.decoder, 2, onsets, [ZeroAblate(sae, 5)], TARGET)
     with pytest.raises(NotDeliveredError, match=f"ablate it moved the residual stream at none of {len(onsets)} onsets"):
         check_delivered(found, ["ablate it"])
 

@@ -10,7 +10,7 @@ from sae_steer.runtime import generator
 
 END = 5
 PROMPTS = [[1, 2, 3], [7] * 12, [9], [4, 4, 60, 2, 1, 0, 30]]
-SETTINGS = {"end_id": END, "max_tokens": 60, "temperature": 1.5}
+SETTINGS = {"end_id": END, "max_tokens": 40, "temperature": 1.5}
 
 
 def sample_slowly(model, prompts, *, end_id, max_tokens, temperature, generator):
@@ -51,7 +51,7 @@ def test_the_same_seed_gives_the_same_texts_and_another_seed_others(model):
 
 def test_a_rows_text_does_not_depend_on_the_other_rows(model):
     texts = sample(model, PROMPTS, **SETTINGS, generator=generator(1))
-    others = [PROMPTS[0], [11] * 30, [END], PROMPTS[3]]
+    others = [PROMPTS[0], [11] * 20, [END], PROMPTS[3]]
     beside = sample(model, others, **SETTINGS, generator=generator(1))
     assert (texts[0], texts[3]) == (beside[0], beside[3])
     assert texts[1] != beside[1]
