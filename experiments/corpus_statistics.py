@@ -1,6 +1,6 @@
 """The corpus against the release: steps, lookalike and true regulation steps, complexity, over 2,000 held-out plans.
 
-    python experiments/corpus_statistics.py        # writes experiments/results/small/corpus.json
+python experiments/corpus_statistics.py        # writes experiments/results/small/corpus.json
 """
 
 from pathlib import Path

@@ -67,7 +67,7 @@ class FeatureScan:
     """Firings of every feature in each cell."""
     target_hits: Int[np.ndarray, "cluster d_sae"]
     reference_hits: Int[np.ndarray, "cluster d_sae"]
-    trials: Int[np.ndarray, "cluster"]
+    trials: Int[np.ndarray, " cluster"]
     """Onsets of target-rendered text, by task."""
     settings: ScanSettings
     record: dict

@@ -44,7 +44,7 @@ def wilson(
 
 
 def design_effect(
-    successes: Real[np.ndarray, "cluster column"], trials: Real[np.ndarray, "cluster #column"]
+    successes: Real[np.ndarray, "cluster column"], trials: Real[np.ndarray, " cluster #column"]
 ) -> Float[np.ndarray, " column"]:
     """Variance of a pooled rate, clusters counted, over its variance if all trials were independent.
 
@@ -113,7 +113,7 @@ def cluster_bootstrap(
 
 def cluster_bootstrap_ratio(
     numerator: Real[np.ndarray, "row column"],
-    denominator: Real[np.ndarray, "row #column"],
+    denominator: Real[np.ndarray, " row #column"],
     clusters: Int[np.ndarray, " row"],
     *,
     draws: int = 10_000,
@@ -159,7 +159,7 @@ def _resampled_counts(clusters: int, draws: int, seed: int) -> Float[np.ndarray,
 
 
 def _influence(
-    above: Real[np.ndarray, "cluster column"], below: Real[np.ndarray, "cluster #column"]
+    above: Real[np.ndarray, "cluster column"], below: Real[np.ndarray, " cluster #column"]
 ) -> Float[np.ndarray, "cluster column"]:
     """What each cluster pulls a ratio of sums by, to first order (Taylor linearisation)."""
     total = below.sum(axis=0)
@@ -231,7 +231,7 @@ class LogOdds:
 def paired_log_odds(
     a_hits: Real[np.ndarray, "cluster column"],
     b_hits: Real[np.ndarray, "cluster column"],
-    trials: Real[np.ndarray, "cluster #column"],
+    trials: Real[np.ndarray, " cluster #column"],
     *,
     level: float = 0.95,
 ) -> LogOdds:
@@ -259,7 +259,7 @@ def paired_log_odds(
 def paired_rate_p(
     a_hits: Real[np.ndarray, "cluster column"],
     b_hits: Real[np.ndarray, "cluster column"],
-    trials: Real[np.ndarray, "cluster #column"],
+    trials: Real[np.ndarray, " cluster #column"],
 ) -> Float[np.ndarray, " column"]:
     """Two-sided p that both models fire equally often; the one to correct by `benjamini_hochberg`.
 

@@ -18,10 +18,10 @@ import pytest
 import torch
 from tiny_pair import SHAPE, lively, write_pair
 
-from sae_steer import cache as cache_module
-from sae_steer.cache import LABELS, ActivationCache, cache_activations, length_batches, site
+from sae_steer.cache import LABELS, ActivationCache, cache_activations, site, writing
 from sae_steer.corpus import write_plans
 from sae_steer.errors import InputError, NotFiniteError, StaleError, SteerError
+from sae_steer.model.batching import length_batches
 from sae_steer.model.decoder import Decoder
 from sae_steer.pair.model_pair import ModelPair, NamedModel, load_pair
 from sae_steer.pair.texts import GeneratedTexts, TextFile
@@ -255,8 +255,7 @@ def test_stopped_between_shards_and_repeated_equals_uninterrupted(tiny, whole, t
 WRITER = """
 import os, sys, time
 import torch
-from sae_steer import cache
-from sae_steer.cache import cache_activations
+from sae_steer.cache import cache_activations, writing
 from sae_steer.pair.model_pair import load_pair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.settings import CacheSettings, CorpusSettings
@@ -264,8 +263,8 @@ from sae_steer.settings import CacheSettings, CorpusSettings
 for line in sys.stdin:  # a child for every folder named; nothing has run in torch yet, so a fork is safe
     if (child := os.fork()) == 0:
         torch.set_num_threads({threads})
-        streams = cache._streams
-        cache._streams = lambda *arguments: (time.sleep(0.03), streams(*arguments))[1]
+        streams = writing._streams
+        writing._streams = lambda *arguments: (time.sleep(0.03), streams(*arguments))[1]
         cache_activations(load_pair({pair!r}), out=line.strip(), layers=(0, 2), settings={settings!r},
                           source=GeneratedTexts({few!r}))
         os._exit(0)
@@ -279,7 +278,7 @@ for line in sys.stdin:  # a child for every folder named; nothing has run in tor
 def writer(tiny_folder):
     """A process that writes a cache in a child for every folder it is told."""
     script = WRITER.format(threads=torch.get_num_threads(), pair=str(tiny_folder), settings=SETTINGS, few=FEW)
-    root = str(Path(cache_module.__file__).parents[1])
+    root = str(Path(writing.__file__).parents[2])
     process = subprocess.Popen(
         [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": root},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
@@ -346,8 +345,8 @@ def test_a_forced_rewrite_that_is_stopped_never_passes_for_the_old_cache(tiny, w
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    streams, calls = cache_module._streams, iter(range(100))
-    monkeypatch.setattr(cache_module, "_streams", lambda *a: streams(*a) if next(calls) < 2 else stop())
+    streams, calls = writing._streams, iter(range(100))
+    monkeypatch.setattr(writing, "_streams", lambda *a: streams(*a) if next(calls) < 2 else stop())
     with pytest.raises(KeyboardInterrupt):
         write(tiny, mine, layers=(1,), force=True)
     monkeypatch.undo()

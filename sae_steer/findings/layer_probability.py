@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 
 from sae_steer import stats
-from sae_steer.cache import ActivationCache, length_batches
+from sae_steer.cache import ActivationCache
 from sae_steer.errors import InputError
+from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.readout import target_mass
-from sae_steer.model.training import pad
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
 from sae_steer.records import provenance

@@ -8,12 +8,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_steer.cache import length_batches
 from sae_steer.errors import NotDeliveredError
+from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.readout import target_mass
 from sae_steer.model.replay import CleanPass, Edit
-from sae_steer.model.training import pad
 from sae_steer.pair.texts import Text
 
 TOKENS_PER_BATCH = 4_096

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_steer.model.batching import pad
 from sae_steer.model.decoder import Decoder, Heads, KVHeads, Storing
-from sae_steer.model.training import pad
 
 ROOM = 64
 """Positions by which buffers of keys and values grow."""

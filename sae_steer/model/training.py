@@ -13,16 +13,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
 from torch import Tensor
 
 from sae_steer.errors import NotFiniteError, StaleError
+from sae_steer.model.batching import Tokens
 from sae_steer.model.decoder import Decoder, init_decoder
 from sae_steer.runtime import Progress, World, generator, read_tensors, silent, write_tensors
 from sae_steer.settings import DecoderSettings, PairTrainingSettings
 
-Tokens = Int[Tensor, "_batch _pos"]
-"""One batch; batches differ in both axes."""
 IGNORE = -100
 
 
@@ -149,29 +147,3 @@ def _loss(model: Decoder, tokens: Tokens, pad_id: int, world: World) -> tuple[Te
         logits = model(tokens[:, :-1])
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     return loss, (targets != IGNORE).sum()
-
-
-def bucket(
-    texts: list[list[int]], *, tokens_per_batch: int, pad_id: int, seed: int, chunk: int = 2_048
-) -> tuple[Tokens, ...]:
-    """Batches of about `tokens_per_batch`, of texts of like length, in an order fixed by `seed`.
-
-    Texts are sorted by length within chunks of the given order, so that batches mix what the corpus mixes.
-    """
-    batches: list[Tokens] = []
-    for start in range(0, len(texts), chunk):
-        rows: list[list[int]] = []
-        for text in sorted(texts[start : start + chunk], key=len):
-            if rows and len(text) * (len(rows) + 1) > tokens_per_batch:
-                batches.append(pad(rows, pad_id))
-                rows = []
-            rows.append(text)
-        batches.append(pad(rows, pad_id))
-    order = torch.randperm(len(batches), generator=generator(seed, 7)).tolist()
-    return tuple(batches[i] for i in order)
-
-
-def pad(rows: list[list[int]], pad_id: int) -> Tokens:
-    """Right-padded to the longest."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])

@@ -5,8 +5,8 @@ import torch
 
 from sae_steer.align import basis_check
 from sae_steer.corpus import is_lenient, is_target, parse_plan, write_plans
+from sae_steer.model.batching import pad
 from sae_steer.model.sampling import sample
-from sae_steer.model.training import pad
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.runtime import Progress, generator, silent
 

@@ -16,8 +16,9 @@ import torch
 
 from sae_steer.corpus import LENIENT_KEYWORDS, REGULATION_PHRASES, SPECIALS, VARIANTS, PlanTokenizer, write_plans
 from sae_steer.errors import InputError
+from sae_steer.model.batching import Tokens, bucket
 from sae_steer.model.loading import save_decoder
-from sae_steer.model.training import Tokens, TrainingState, bucket, train
+from sae_steer.model.training import TrainingState, train
 from sae_steer.pair.model_pair import ModelPair, load_pair, write_pair_toml
 from sae_steer.pair.quality import measure_pair
 from sae_steer.records import already_done, provenance, write_json

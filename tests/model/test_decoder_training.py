@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sae_steer.errors import NotFiniteError, StaleError
+from sae_steer.model.batching import bucket, pad
 from sae_steer.model.decoder import Decoder
-from sae_steer.model.training import TrainingState, bucket, held_out_loss, pad, schedule, train
+from sae_steer.model.training import TrainingState, held_out_loss, schedule, train
 from sae_steer.runtime import World, generator, read_tensors
 from sae_steer.settings import DecoderSettings, PairTrainingSettings
 

@@ -6,10 +6,10 @@ from tiny_pair import PACKAGED
 from transformers import AutoModelForCausalLM
 
 from sae_steer.corpus import write_plans
+from sae_steer.model.batching import pad
 from sae_steer.model.decoder import init_decoder
 from sae_steer.model.lens import to_hooked_transformer
 from sae_steer.model.loading import fingerprint, load_decoder, save_decoder
-from sae_steer.model.training import pad
 from sae_steer.runtime import generator
 from sae_steer.settings import PRESETS
 

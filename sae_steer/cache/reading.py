@@ -1,0 +1,239 @@
+"""A finished cache: labels and texts of a split, and rows of a stream in order or in shuffled batches."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae_steer.cache.layout import BLOCK, FORMAT, LABELS, MANIFEST, MOMENTS, site
+from sae_steer.corpus import TargetTokens, first_token_purity
+from sae_steer.errors import InputError
+from sae_steer.pair.model_pair import ModelPair
+from sae_steer.pair.texts import Text
+from sae_steer.records import read_json
+from sae_steer.runtime import generator, sha256
+
+
+@dataclass(frozen=True)
+class ActivationCache:
+    """A finished cache. Rows of a split keep one order; labels and streams are read only when asked for."""
+
+    folder: Path
+    manifest: dict
+
+    @classmethod
+    def open(cls, folder: Path) -> "ActivationCache":
+        """The cache in `folder`; one that is missing, unfinished or short of a shard is an `InputError`."""
+        folder = Path(folder)
+        if not (folder / MANIFEST).is_file():
+            raise InputError(f"no activation cache in {folder}; run `sae-steer cache` first, or name one with --cache")
+        manifest = read_json(folder / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise InputError(
+                f"{folder / MANIFEST} is no manifest of format {FORMAT}; write the cache again with --force"
+            )
+        if not manifest["complete"]:
+            raise InputError(f"the cache in {folder} is only half written; repeat `sae-steer cache`, it resumes")
+        for shard in manifest["shards"]:
+            path = folder / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["bytes"]:
+                raise InputError(f"{path} is missing or cut short; write the cache again with --force")
+        return cls(folder, manifest)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the manifest, which holds those of the shards."""
+        return sha256(self.folder / MANIFEST)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The blocks after which the stream is stored."""
+        return tuple(self.manifest["layers"])
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The renderings the texts come in."""
+        return tuple(self.manifest["variants"])
+
+    def own_variants(self, model: str) -> tuple[int, ...]:
+        """Numbers of the renderings whose onsets count for `model`: the one of its name, or all if none has it."""
+        own = tuple(number for number, variant in enumerate(self.variants) if variant == model)
+        return own or tuple(range(len(self.variants)))
+
+    def own_texts(self, split: str, model: str) -> list[Text]:
+        """The split's texts in the renderings that count for `model`."""
+        own = self.own_variants(model)
+        return [text for text in self.texts(split) if text.variant in own]
+
+    def target_tokens(self, pair: ModelPair) -> TargetTokens:
+        """The tokens whose probability is measured, counted over the train split in the target's rendering."""
+        texts = (text.token.tolist() for text in self.own_texts("train", pair.target.name))
+        return first_token_purity(texts, tokenizer=pair.tokenizer, rule=pair.onsets, phrases=pair.phrases)
+
+    def check_pair(self, pair: ModelPair) -> None:
+        """Raise `InputError` unless this cache was written from `pair`."""
+        if self.manifest["provenance"]["inputs"]["pair"] != pair.sha256:
+            raise InputError(
+                f"the cache in {self.folder} was written from another pair than '{pair.name}'; "
+                "write it again, or name the cache of this pair with --cache"
+            )
+
+    def verify(self) -> list[str]:
+        """What is wrong with the shards, by their checksums; an empty list if nothing is."""
+        return [
+            f"{self.folder / shard['file']} does not have the checksum of the manifest"
+            for shard in self.manifest["shards"]
+            if sha256(self.folder / shard["file"]) != shard["sha256"]
+        ]
+
+    def labels(self, split: str) -> dict[str, np.ndarray]:
+        """{name: [row]} every label of a split's rows."""
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in LABELS}
+        for shard in self._shards(split):
+            with self._open(shard) as file:
+                for name, parts in columns.items():
+                    parts.append(file[name][:])
+        return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+    def texts(self, split: str) -> list[Text]:
+        """The split's texts with their labels, in row order."""
+        labels = self.labels(split)
+        starts = np.flatnonzero(labels["position"] == 0)
+        return [
+            Text(
+                prompt=int(labels["prompt"][start]),
+                task=int(labels["task"][start]),
+                variant=int(labels["text_variant"][start]),
+                split=split,
+                token=labels["token"][start:stop],
+                is_onset=labels["is_onset"][start:stop].astype(bool),
+                step=labels["step"][start:stop],
+                next_is_target=labels["next_is_target"][start:stop].astype(bool),
+                true_p=labels["true_p"][start:stop],
+            )
+            for start, stop in pairwise([*starts.tolist(), len(labels["position"])])
+        ]
+
+    def rows(self, model: str, layer: int, split: str) -> "ActivationRows":
+        """One model's stream after one block, over a split's rows."""
+        if layer not in self.layers:
+            raise InputError(
+                f"the cache in {self.folder} holds layers {', '.join(map(str, self.layers))}, not {layer}; "
+                f"write one with --layer {layer}"
+            )
+        if model not in self.manifest["models"]:
+            raise InputError(f"the cache in {self.folder} holds {' and '.join(self.manifest['models'])}, not {model!r}")
+        dataset = f"{model}/{site(layer)}"
+        maps, sums, squares = [], 0.0, 0.0
+        for shard in self._shards(split):
+            with self._open(shard) as file:
+                stored = file[dataset]
+                maps.append(
+                    np.memmap(file.filename, stored.dtype, mode="r", offset=stored.id.get_offset(), shape=stored.shape)
+                )
+                moments = file[f"{MOMENTS}/{dataset}"][:]
+            sums, squares = sums + moments[0], squares + moments[1]
+        fixed = "/".join((*(shard["sha256"] for shard in self._shards(split)), dataset))
+        return ActivationRows(tuple(maps), np.asarray(sums), np.asarray(squares), sha256(fixed.encode()))
+
+    def _shards(self, split: str) -> list[dict]:
+        found = [shard for shard in self.manifest["shards"] if shard["split"] == split]
+        if not found:
+            raise InputError(f"the cache in {self.folder} has no '{split}' rows; write it with texts for that split")
+        return found
+
+    @contextmanager
+    def _open(self, shard: dict) -> Iterator[h5py.File]:
+        path = self.folder / shard["file"]
+        try:
+            with h5py.File(path, "r") as file:
+                yield file
+        except (OSError, KeyError, RuntimeError) as error:  # what h5py makes of damage, depending on where it is
+            raise InputError(f"{path} is damaged; write the cache again with --force") from error
+
+
+@dataclass(frozen=True)
+class ActivationRows:
+    """Rows of one stream: in order, or in shuffled batches whose whole state is the step."""
+
+    maps: tuple[np.ndarray, ...]
+    sums: Float[np.ndarray, " d_model"]
+    squares: Float[np.ndarray, " d_model"]
+    fingerprint: str
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.maps[0].shape[1]
+
+    @cached_property
+    def n_rows(self) -> int:
+        """Rows in all."""
+        return sum(len(part) for part in self.maps)
+
+    @property
+    def mean(self) -> Float[Tensor, " d_model"]:
+        """The mean row."""
+        return torch.from_numpy(self.sums / self.n_rows).float()
+
+    @property
+    def mean_square(self) -> float:
+        """Mean squared distance of a row from the mean row."""
+        return float((self.squares / self.n_rows - (self.sums / self.n_rows) ** 2).sum())
+
+    def in_order(self, size: int = 8_192) -> Iterator[Float[Tensor, "row d_model"]]:
+        """Every row, float32, in chunks."""
+        for part in self.maps:
+            for start in range(0, len(part), size):
+                yield torch.from_numpy(part[start : start + size].astype(np.float32))
+
+    def take(self, rows: np.ndarray) -> Float[Tensor, "row d_model"]:
+        """The rows of these numbers (rising), float32."""
+        ends = np.cumsum([len(part) for part in self.maps])
+        starts = ends - [len(part) for part in self.maps]
+        inside = [rows[(rows >= start) & (rows < end)] - start for start, end in zip(starts, ends, strict=True)]
+        chosen = [part[chosen] for part, chosen in zip(self.maps, inside, strict=True)]
+        return torch.from_numpy(np.concatenate(chosen).astype(np.float32))
+
+    def batch(self, step: int, batch_size: int, seed: int) -> Float[Tensor, "batch d_model"]:
+        """Batch `step` of a seeded shuffle of all blocks of rows, a new one every epoch.
+
+        Left out are a shard's last rows that fill no block, and of each epoch the blocks that fill no batch.
+        """
+        per_batch = batch_size // BLOCK
+        if batch_size % BLOCK or not 0 < per_batch <= len(self._blocks):
+            raise InputError(
+                f"a batch of {batch_size} rows cannot be cut from {self.n_rows} rows in blocks of {BLOCK}; "
+                "choose a smaller multiple of it, or cache more texts"
+            )
+        epoch, within = divmod(step, len(self._blocks) // per_batch)
+        chosen = self._order(seed, epoch)[within * per_batch : (within + 1) * per_batch]
+        batch = np.empty((batch_size, self.d_in), dtype=np.float32)
+        for slot, (part, start) in enumerate(self._blocks[chosen]):
+            batch[slot * BLOCK : (slot + 1) * BLOCK] = self.maps[part][start : start + BLOCK]
+        return torch.from_numpy(batch)
+
+    @cached_property
+    def _blocks(self) -> np.ndarray:
+        """[block, 2] the shard and first row of every whole block."""
+        return np.array(
+            [(part, start) for part, rows in enumerate(self.maps) for start in range(0, len(rows) - BLOCK + 1, BLOCK)]
+        )
+
+    @cached_property
+    def _orders(self) -> dict[tuple[int, int], np.ndarray]:
+        return {}
+
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        if (seed, epoch) not in self._orders:
+            self._orders.clear()
+            self._orders[seed, epoch] = torch.randperm(len(self._blocks), generator=generator(seed, epoch, 3)).numpy()
+        return self._orders[seed, epoch]
