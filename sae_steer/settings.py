@@ -58,7 +58,7 @@ class PairTrainingSettings:
 class CorpusSettings:
     """How many plans of the generated corpus each split reads; every plan is read in both renderings."""
 
-    train_plans: int = 6_000
+    train_plans: int = 4_000
     scan_plans: int = 1_000
     tune_plans: int = 300
     confirm_plans: int = 600
@@ -83,7 +83,7 @@ class SAESettings:
 
     d_sae: int = 4096
     k: int = 40
-    rows: int = 3_000_000
+    rows: int = 2_000_000
     """Rows read in all; the cache's training split is read as often as that takes."""
     batch_size: int = 2048
     lr: float = 3e-3

@@ -21,6 +21,8 @@ from sae_steer.runtime import generator
 from sae_steer.settings import InterveneSettings
 
 MODES = ("single", "joint")
+CONTROLS_TOGETHER = 16
+"""Control directions that share a forward pass: three times as fast as one by one, more gains nothing."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Bench:
         directions = isotropic(settings.controls, len(self.edit.unit), generator(settings.seed, 31))
         edits = [Control(primary, direction) for direction in directions]
         model, layer = variant.model(self.pair).decoder, self.layer - variant.layers_below
-        return read(model, layer, self.onsets["single"], edits, self.target).mass
+        return read(model, layer, self.onsets["single"], edits, self.target, together=CONTROLS_TOGETHER).mass
 
     def effects(self, reading: VariantReading, mode: str, gap: Float[np.ndarray, " row"]) -> dict:
         """The dose curve: points and share of the gap with intervals, the length delivered, and the coverage.

@@ -24,7 +24,7 @@ from sae_steer.settings import InterveneSettings
 
 STEPS, STRICT, LENIENT = range(3)
 MATCHERS = {"strict": STRICT, "lenient": LENIENT}
-CHUNK = 320
+CHUNK = 640
 """Plans sampled at once."""
 
 Counts = Int[np.ndarray, "prompt 3"]

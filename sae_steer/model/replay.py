@@ -113,12 +113,16 @@ class CleanPass:
 
     @torch.no_grad()
     def read_single(
-        self, positions: Int[Tensor, "batch edit"], resid: Float[Tensor, "batch edit d_model"]
-    ) -> Float[Tensor, "batch edit vocab"]:
-        """Next-token logits at each position, had the stream there alone been `resid`."""
-        carried = self.model.run(
-            resid, start=self.layer + 1, attend=Stored(self.stored, positions), positions=positions
-        )
+        self, positions: Int[Tensor, "batch edit"], resid: Float[Tensor, "copy batch edit d_model"]
+    ) -> Float[Tensor, "copy batch edit vocab"]:
+        """Next-token logits at each position, had the stream there alone been `resid`.
+
+        `copy` runs over edits of the same positions (doses, directions).
+        """
+        places = positions.repeat(1, len(resid))
+        tokens = rearrange(resid, "copy batch edit d_model -> batch (copy edit) d_model")
+        carried = self.model.run(tokens, start=self.layer + 1, attend=Stored(self.stored, places), positions=places)
+        carried = rearrange(carried, "batch (copy edit) d_model -> copy batch edit d_model", copy=len(resid))
         return self.model.unembed(carried)
 
     @torch.no_grad()

@@ -44,7 +44,7 @@ def assert_same_odds(one: Tensor, other: Tensor) -> None:
 def test_unedited_replay_is_the_whole_pass(model, tokens, layer):
     clean = CleanPass.of(model, tokens, layer)
     whole = model(tokens)[torch.arange(3)[:, None], POSITIONS]
-    torch.testing.assert_close(clean.read_single(POSITIONS, clean.at(POSITIONS)), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(clean.read_single(POSITIONS, clean.at(POSITIONS)[None])[0], whole, atol=1e-5, rtol=1e-5)
     real = torch.ones(3, 3, dtype=torch.bool)
     joint = clean.read_joint(POSITIONS, clean.at(POSITIONS)[None], real)[0]
     torch.testing.assert_close(joint, whole, atol=1e-5, rtol=1e-5)
@@ -53,7 +53,7 @@ def test_unedited_replay_is_the_whole_pass(model, tokens, layer):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_one_edited_position_is_the_whole_pass_with_a_hook_there(model, tokens, layer):
     clean, edit = CleanPass.of(model, tokens, layer), push()
-    replayed = clean.read_single(POSITIONS, edit(clean.at(POSITIONS)))
+    replayed = clean.read_single(POSITIONS, edit(clean.at(POSITIONS))[None])[0]
     for slot in range(3):
         places = torch.arange(3), POSITIONS[:, slot]
         with edited(model, site(layer), only_at(*places, edit)):
@@ -82,7 +82,7 @@ def test_replay_of_the_packaged_models_is_the_whole_pass_with_a_hook(pair, name)
     places = torch.arange(2), positions[:, 0]
     with edited(decoder, site(2), only_at(*places, edit)):
         whole = decoder(tokens)[places]
-    assert_same_odds(clean.read_single(positions, edit(clean.at(positions)))[:, 0], whole)
+    assert_same_odds(clean.read_single(positions, edit(clean.at(positions))[None])[0, :, 0], whole)
 
 
 @pytest.mark.parametrize("edit", [push(strength=0.0), Subtract(torch.ones(128), 0.0)])
@@ -93,7 +93,7 @@ def test_an_edit_of_strength_zero_is_the_baseline_bit_for_bit(model, tokens, edi
     assert torch.equal(inside, model(tokens))
     clean = CleanPass.of(model, tokens, 1)
     before = clean.at(POSITIONS)
-    assert torch.equal(clean.read_single(POSITIONS, edit(before)), clean.read_single(POSITIONS, before))
+    assert torch.equal(clean.read_single(POSITIONS, edit(before)[None]), clean.read_single(POSITIONS, before[None]))
 
 
 def test_activations_upstream_of_an_edit_are_bit_equal(model, tokens):
@@ -151,3 +151,11 @@ def test_the_exception_inside_is_the_one_that_is_raised(model):
 def test_a_site_that_is_not_there_is_named(model, wrong):
     with pytest.raises(InputError, match="no layer 4" if "4" in wrong else "cannot edit at"), edited(model, wrong, abs):
         pass
+
+
+def test_edits_read_together_equal_edits_read_one_by_one(model, tokens):
+    clean = CleanPass.of(model, tokens, 1)
+    before = clean.at(POSITIONS)
+    edits = torch.stack([before, before + 1.0, 2 * before])
+    apart = torch.cat([clean.read_single(POSITIONS, edit[None]) for edit in edits])
+    torch.testing.assert_close(clean.read_single(POSITIONS, edits), apart, atol=1e-5, rtol=1e-5)
