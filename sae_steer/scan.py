@@ -113,6 +113,11 @@ class FeatureScan:
         return stats.percentile_among(self.log_odds.low, self.alive)
 
     @cached_property
+    def task_share(self) -> Float[np.ndarray, " d_sae"]:
+        """Share of the tasks at some onset of which each feature fires in the target model."""
+        return (self.target_hits > 0).mean(0)
+
+    @cached_property
     def specific(self) -> Bool[np.ndarray, " d_sae"]:
         """Features specific to the target model, by the settings' three conditions."""
         return (
@@ -122,9 +127,10 @@ class FeatureScan:
         )
 
     def top(self, count: int) -> list[int]:
-        """The specific features, the highest lower bound of the log-odds first."""
+        """The specific features that fire in enough tasks, the highest lower bound of the log-odds first."""
         order = np.argsort(-self.log_odds.low, kind="stable")
-        return [int(feature) for feature in order if self.specific[feature]][:count]
+        wanted = self.specific & (self.task_share >= self.settings.min_task_share)
+        return [int(feature) for feature in order if wanted[feature]][:count]
 
     def like_2504(self) -> int:
         """The feature nearest the released phenotype: fires at .59 of onsets, at no more than .005 in the reference."""
@@ -148,7 +154,10 @@ class FeatureScan:
         if feature == "top":
             found = self.top(1)
             if not found:
-                raise InputError("no feature is specific to the target model; name one by its index, or try like-2504")
+                raise InputError(
+                    "no feature is specific to the target model and fires in "
+                    f"{self.settings.min_task_share:.0%} of the tasks; name one by its index, or try like-2504"
+                )
             return found[0]
         if feature == "like-2504":
             return self.like_2504()
@@ -186,6 +195,7 @@ class FeatureScan:
             "feature": np.arange(self.d_sae),
             "target_hits": self.target_hits.sum(0),
             "reference_hits": self.reference_hits.sum(0),
+            "task_share": self.task_share,
             "onsets": np.full(self.d_sae, self.trials.sum()),
             "target_rate": self.target_rate,
             "reference_rate": self.reference_rate,

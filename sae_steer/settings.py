@@ -113,6 +113,8 @@ class ScanSettings:
     """Largest Benjamini-Hochberg q over all features."""
     min_ratio: float = 10.0
     """Least ratio of the two models' firing rates."""
+    min_task_share: float = 0.15
+    """`top`: least share of the tasks in which the feature fires at an onset, so that held-out tasks can test it."""
     like_rate: float = 0.59
     """`like-2504`: the target firing rate of the released feature 2504."""
     like_max_reference: float = 0.005

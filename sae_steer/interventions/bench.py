@@ -13,7 +13,7 @@ from jaxtyping import Float
 from sae_steer import stats
 from sae_steer.errors import SteerError
 from sae_steer.interventions.edits import Control, isotropic
-from sae_steer.interventions.measure import OnsetRows, Reading, check_delivered, read, unedited
+from sae_steer.interventions.measure import OnsetRows, Reading, Request, check_delivered, read, unedited
 from sae_steer.interventions.variants import FeatureEdit, Variant
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
@@ -63,15 +63,20 @@ class Bench:
 
     def read(self, variant: Variant) -> VariantReading:
         """The variant at every dose, in both modes, and its controls."""
-        model, layer = variant.model(self.pair).decoder, self.layer - variant.layers_below
         edits = [unedited, *(self.edit.of(variant, dose) for dose in self.settings.doses)]
-        found = {
-            mode: read(model, layer, onsets, edits, self.target, joint=mode == "joint")
-            for mode, onsets in self.onsets.items()
-        }
-        for mode, reading in found.items():
+        single, joint, controls = read(
+            variant.model(self.pair).decoder,
+            self.layer - variant.layers_below,
+            [
+                Request(self.onsets["single"], edits),
+                Request(self.onsets["joint"], edits, joint=True),
+                Request(self.onsets["single"], self._controls(variant), together=CONTROLS_TOGETHER),
+            ],
+            self.target,
+        )
+        for mode, reading in ("single", single), ("joint", joint):
             self._check(reading, f"{variant.name} ({mode})")
-        return VariantReading(found["single"], found["joint"], self._control_masses(variant))
+        return VariantReading(single, joint, controls.mass)
 
     def _check(self, reading: Reading, name: str) -> None:
         """Every dose but zero moved the stream, and dose zero changed nothing."""
@@ -83,14 +88,12 @@ class Bench:
             if not np.array_equal(reading.mass[:, column], reading.mass[:, 0]):
                 raise SteerError(f"{name} at dose 0 differs from the baseline; the measurement cannot be trusted")
 
-    def _control_masses(self, variant: Variant) -> Float[np.ndarray, "row direction"]:
+    def _controls(self, variant: Variant) -> list[Control]:
         """Random directions at the length of the variant's own edit of each row."""
         settings = self.settings
         primary = self.edit.of(variant, settings.primary_dose)
         directions = isotropic(settings.controls, len(self.edit.unit), generator(settings.seed, 31))
-        edits = [Control(primary, direction) for direction in directions]
-        model, layer = variant.model(self.pair).decoder, self.layer - variant.layers_below
-        return read(model, layer, self.onsets["single"], edits, self.target, together=CONTROLS_TOGETHER).mass
+        return [Control(primary, direction) for direction in directions]
 
     def effects(self, reading: VariantReading, mode: str, gap: Float[np.ndarray, " row"]) -> dict:
         """The dose curve: points and share of the gap with intervals, the length delivered, and the coverage.

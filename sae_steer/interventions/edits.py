@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_steer.model.replay import Edit
 from sae_steer.sae.architectures import TopKSAE
 
 
@@ -55,7 +56,7 @@ class ZeroAblate:
 class Control:
     """`edit`'s change of every row, turned into another direction at the same length."""
 
-    edit: Inject | Subtract | ZeroAblate
+    edit: Edit
     direction: Float[Tensor, " d_model"]
     """Of length one."""
 

@@ -77,39 +77,43 @@ class Reading:
     """Norm of the change of the residual stream."""
 
 
-def read(
-    model: Decoder,
-    layer: int,
-    onsets: OnsetRows,
-    edits: Sequence[Edit],
-    target: Sequence[int],
-    *,
-    joint: bool = False,
-    together: int = 1,
-) -> Reading:
-    """Target mass at every onset under every edit of the stream after block `layer`.
+@dataclass(frozen=True)
+class Request:
+    """Onsets and the edits to read there: each onset edited alone, or, `joint`, all onsets of a text together."""
 
-    Each onset edited alone and read there; or, `joint`, all onsets of a text edited together.
+    onsets: OnsetRows
+    edits: Sequence[Edit]
+    joint: bool = False
+    together: int = 1
+    """Edits that share a forward pass. With 1 every edit runs in a batch of the same shape, so equal edits give
+    equal bits; more is several times faster and equal to rounding."""
 
-    Args:
-        together: edits that share a forward pass. With 1 every edit runs in a batch of the same shape, so equal
-            edits give equal bits; more is several times faster and equal to rounding.
+    def read(self, clean: CleanPass, number: int, columns: Int[Tensor, " target"]) -> tuple[Tensor, Tensor]:
+        """Target mass and delivered norm in batch `number`, [row, edit] each."""
+        batch = self.onsets.batches[number]
+        positions, real = batch.positions.to(columns.device), batch.real.to(columns.device)
+        before, mass, delivered = clean.at(positions), [], []
+        for start in range(0, len(self.edits), self.together):
+            after = torch.stack([edit(before) for edit in self.edits[start : start + self.together]])
+            logits = clean.read_joint(positions, after, real) if self.joint else clean.read_single(positions, after)
+            mass.append(target_mass(logits, columns)[:, real])
+            delivered.append((after - before).norm(dim=-1)[:, real])
+        return torch.cat(mass).T.cpu(), torch.cat(delivered).T.double().cpu()
+
+
+def read(model: Decoder, layer: int, requests: Sequence[Request], target: Sequence[int]) -> list[Reading]:
+    """What each request asks of the stream after block `layer`: target mass at every onset under every edit.
+
+    The requests' onsets are of the same texts, so that the unedited pass of a batch runs once for all of them.
     """
     columns = torch.tensor(target, device=model.device)
-    mass, delivered = [], []
-    for batch in onsets.batches:
-        positions, real = batch.positions.to(model.device), batch.real.to(model.device)
+    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in requests]
+    for number, batch in enumerate(requests[0].onsets.batches):
+        assert all(torch.equal(request.onsets.batches[number].tokens, batch.tokens) for request in requests)
         clean = CleanPass.of(model, batch.tokens.to(model.device), layer)
-        before = clean.at(positions)
-        batch_mass, batch_delivered = [], []
-        for start in range(0, len(edits), together):
-            after = torch.stack([edit(before) for edit in edits[start : start + together]])
-            logits = clean.read_joint(positions, after, real) if joint else clean.read_single(positions, after)
-            batch_mass.append(target_mass(logits, columns)[:, real])
-            batch_delivered.append((after - before).norm(dim=-1)[:, real])
-        mass.append(torch.cat(batch_mass).T.cpu())
-        delivered.append(torch.cat(batch_delivered).T.cpu())
-    return Reading(torch.cat(mass).numpy(), torch.cat(delivered).double().numpy())
+        for request, found in zip(requests, parts, strict=True):
+            found.append(request.read(clean, number, columns))
+    return [Reading(*(torch.cat(column).numpy() for column in zip(*found, strict=True))) for found in parts]
 
 
 def unedited(resid: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from toy import CAUSE, FEATURE, SHAPE
 from sae_steer.errors import NotDeliveredError
 from sae_steer.interventions import measure
 from sae_steer.interventions.edits import Inject, ZeroAblate, isotropic
-from sae_steer.interventions.measure import OnsetRows, check_delivered, read, unedited
+from sae_steer.interventions.measure import OnsetRows, Request, check_delivered, read, unedited
 from sae_steer.model.replay import CleanPass
 from sae_steer.runtime import generator
 
@@ -66,7 +66,7 @@ def by_row(onsets, texts, chosen, find):
 @pytest.mark.parametrize("kind", ["inject", "zero_ablate"])
 def test_a_single_edit_reads_as_a_whole_forward_pass_with_a_hook(pair, texts, chosen, onsets, edits, kind, layer):
     model, edit = pair.target.decoder, edits[kind]
-    found = read(model, layer, onsets, [unedited, edit], TARGET)
+    found = read(model, layer, [Request(onsets, [unedited, edit])], TARGET)[0]
     whole = by_row(onsets, texts, chosen, lambda text, _, at: with_hook(model, layer, text.token, [at], edit)[0])
     np.testing.assert_allclose(found.mass[:, 1], whole, atol=1e-6, rtol=1e-4)
     assert np.abs(found.mass[:, 1] - found.mass[:, 0]).max() > 1e-6
@@ -75,7 +75,7 @@ def test_a_single_edit_reads_as_a_whole_forward_pass_with_a_hook(pair, texts, ch
 @pytest.mark.parametrize("kind", ["inject", "zero_ablate"])
 def test_a_joint_edit_reads_as_a_whole_forward_pass_with_a_hook(pair, texts, chosen, onsets, edits, kind):
     model, edit = pair.target.decoder, edits[kind]
-    found = read(model, 2, onsets, [edit], TARGET, joint=True)
+    found = read(model, 2, [Request(onsets, [edit], joint=True)], TARGET)[0]
     whole = by_row(
         onsets,
         texts,
@@ -88,7 +88,8 @@ def test_a_joint_edit_reads_as_a_whole_forward_pass_with_a_hook(pair, texts, cho
 def test_editing_the_only_chosen_onset_jointly_is_editing_it_alone(pair, texts, edits):
     onsets = OnsetRows.of(texts, [np.flatnonzero(text.is_onset)[2:3] for text in texts])
     single, joint = (
-        read(pair.target.decoder, 2, onsets, [edits["inject"]], TARGET, joint=joint) for joint in (False, True)
+        read(pair.target.decoder, 2, [Request(onsets, [edits["inject"]], joint=joint)], TARGET)[0]
+        for joint in (False, True)
     )
     np.testing.assert_allclose(single.mass, joint.mass, atol=1e-6, rtol=1e-4)
 
@@ -96,7 +97,7 @@ def test_editing_the_only_chosen_onset_jointly_is_editing_it_alone(pair, texts, 
 @pytest.mark.parametrize("joint", [False, True])
 def test_dose_zero_equals_the_baseline_bit_for_bit(pair, onsets, edits, joint):
     nothing = [Inject(edits["inject"].direction, 0.0), ZeroAblate(edits["zero_ablate"].sae, 0, 0.0)]
-    found = read(pair.target.decoder, 2, onsets, [unedited, *nothing], TARGET, joint=joint)
+    found = read(pair.target.decoder, 2, [Request(onsets, [unedited, *nothing], joint=joint)], TARGET)[0]
     assert np.array_equal(found.mass[:, 0], found.mass[:, 1])
     assert np.array_equal(found.mass[:, 0], found.mass[:, 2])
     assert not found.delivered.any()
@@ -104,7 +105,7 @@ def test_dose_zero_equals_the_baseline_bit_for_bit(pair, onsets, edits, joint):
 
 def test_the_delivered_length_is_that_of_the_edit(pair, onsets):
     unit = isotropic(1, pair.target.decoder.shape.d_model, generator(1))[0]
-    found = read(pair.target.decoder, 2, onsets, [Inject(unit, 0.5), Inject(unit, 2.0)], TARGET)
+    found = read(pair.target.decoder, 2, [Request(onsets, [Inject(unit, 0.5), Inject(unit, 2.0)])], TARGET)[0]
     np.testing.assert_allclose(found.delivered, np.broadcast_to([0.5, 2.0], found.delivered.shape), rtol=1e-4)
 
 
@@ -125,11 +126,11 @@ def test_texts_without_a_chosen_onset_are_left_out(texts, chosen):
 
 
 def test_readings_do_not_depend_on_how_texts_are_batched(pair, texts, chosen, onsets, edits, monkeypatch):
-    together = read(pair.target.decoder, 2, onsets, [edits["inject"]], TARGET)
+    together = read(pair.target.decoder, 2, [Request(onsets, [edits["inject"]])], TARGET)[0]
     monkeypatch.setattr(measure, "TOKENS_PER_BATCH", 1)
     apart = OnsetRows.of(texts, chosen)
     assert len(apart.batches) == len(texts)
-    alone = read(pair.target.decoder, 2, apart, [edits["inject"]], TARGET)
+    alone = read(pair.target.decoder, 2, [Request(apart, [edits["inject"]])], TARGET)[0]
     assert np.array_equal(apart.position, onsets.position)
     np.testing.assert_allclose(alone.mass, together.mass, atol=1e-6, rtol=1e-4)
 
@@ -137,7 +138,7 @@ def test_readings_do_not_depend_on_how_texts_are_batched(pair, texts, chosen, on
 def test_an_edit_that_moved_nothing_is_an_error_that_names_it(pair, onsets, dictionary):
     sae = copy.deepcopy(dictionary.sae)
     sae.b_enc[5] = -1e6
-    found = read(pair.target.decoder, 2, onsets, [ZeroAblate(sae, 5)], TARGET)
+    found = read(pair.target.decoder, 2, [Request(onsets, [ZeroAblate(sae, 5)])], TARGET)[0]
     with pytest.raises(NotDeliveredError, match=f"ablate it moved the residual stream at none of {len(onsets)} onsets"):
         check_delivered(found, ["ablate it"])
 
@@ -148,7 +149,7 @@ def test_a_full_patch_closes_the_gap_and_a_random_one_of_its_length_does_not(toy
     onsets = OnsetRows.of(texts, [np.flatnonzero(text.is_onset) for text in texts])
     columns = toy_cache.target_tokens(toy_pair).ids
     reference, target = (model.decoder for model in toy_pair.models)
-    clean = [read(model, 2, onsets, [unedited], columns).mass[:, 0] for model in (reference, target)]
+    clean = [read(model, 2, [Request(onsets, [unedited])], columns)[0].mass[:, 0] for model in (reference, target)]
     gap = (clean[1] - clean[0]).mean()
     batch = onsets.batches[0]
     assert len(onsets.batches) == 1
@@ -163,7 +164,7 @@ def test_a_full_patch_closes_the_gap_and_a_random_one_of_its_length_does_not(toy
         away[..., CAUSE] = 0
         return resid + lengths * away
 
-    found = read(reference, 2, onsets, [patch, same_length], columns, joint=True).mass.mean(axis=0)
+    found = read(reference, 2, [Request(onsets, [patch, same_length], joint=True)], columns)[0].mass.mean(axis=0)
     assert gap > 0.05
     assert found[0] - clean[0].mean() > 0.9 * gap
     assert abs(found[1] - clean[0].mean()) < 0.3 * gap
@@ -175,6 +176,8 @@ def test_the_direction_the_unembedding_reads_beats_every_random_one(toy_pair, to
     columns = toy_cache.target_tokens(toy_pair).ids
     model, unit = toy_pair.reference.decoder, toy_dictionary.sae.direction(FEATURE)
     others = isotropic(40, SHAPE.d_model, generator(4))
-    found = read(model, 2, onsets, [unedited, Inject(unit, 1.0), *(Inject(o, 1.0) for o in others)], columns)
+    found = read(
+        model, 2, [Request(onsets, [unedited, Inject(unit, 1.0), *(Inject(o, 1.0) for o in others)])], columns
+    )[0]
     effect = (found.mass[:, 1:] - found.mass[:, :1]).mean(axis=0)
     assert effect[0] > np.abs(effect[1:]).max()
