@@ -3,7 +3,7 @@
     python experiments/embedded_pair.py            # about 25 minutes on 2 cores; resumes after a kill
 
 Same as `sae-steer train-pair --preset small --init shared`, and copying the pair's files. Writes
-experiments/results/small/pair.json: losses, 200 sampled plans a model, identity and affine R2 at every layer.
+experiments/results/small/pair.json: losses, 1,000 sampled plans a model, identity and affine R2 at every layer.
 """
 
 import shutil

@@ -5,11 +5,15 @@
 Runs in FOLDER (default: a new temporary one) and copies what the README quotes to experiments/results/small/.
 """
 
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+from sae_steer.records import write_json
 
 RESULTS = Path(__file__).parent / "results/small"
 FEATURES = ("like-2504", "2504")
@@ -32,7 +36,10 @@ def keep(source: Path, name: str) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="embedded-study-"))
+    start = time.perf_counter()
     steer(folder, "run")
+    seconds = round(time.perf_counter() - start, 1)
+    write_json(RESULTS / "run.json", {"command": "sae-steer run", "seconds": seconds, "cores": os.cpu_count()})
     for feature in FEATURES:
         steer(folder, "intervene", "--feature", feature)
     run = steer(folder, "report").parent

@@ -333,7 +333,7 @@ def report(pair, run_folder) -> None:
     """
     from sae_steer.report.page import write_report
 
-    click.echo(write_report(run_folder or Path("runs", Path(pair).name)))
+    click.echo(write_report(run_folder or Path("runs", Path(pair).resolve().name)))
 
 
 @main.command()

@@ -70,6 +70,7 @@ def train_sae(
     sweep(state.parent)
     if force:
         state.unlink(missing_ok=True)
+    (out / RECORD_FILE).unlink(missing_ok=True)  # written last: a folder that has it is whole
     logs = Together(jsonl_log(out / "training" / "log.jsonl"), log or Quiet())
     trained = train_topk(rows, settings, world=world, log=logs, checkpoint=state)
     record = {

@@ -36,15 +36,17 @@ def package_version() -> str:
 
 @cache
 def commit() -> str | None:
-    """The git commit of the checkout this package runs from; None for an installed wheel."""
+    """The git commit of the checkout this package runs from, `-dirty` if its code differs; None for a wheel."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
+    ask = {"cwd": root, "capture_output": True, "text": True, "check": False}
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+        found = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno", "--", "sae_steer"], **ask).stdout.strip()
     except OSError:  # a checkout on a machine without git
         return None
-    return found.stdout.strip() or None
+    return (found + ("-dirty" if changed else "")) or None
 
 
 def write_json(path: Path, record: Any) -> Path:
@@ -57,7 +59,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a whole record ({error}); run the command that writes it again") from error
+        raise InputError(f"{path} is not a whole record ({error}); write it again with --force") from error
 
 
 def write_table(path: Path, columns: Mapping[str, Any]) -> Path:
@@ -78,7 +80,7 @@ def read_table(path: Path) -> dict[str, Any]:
     try:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path} is not a whole table ({error}); run the command that writes it again") from error
+        raise InputError(f"{path} is not a whole table ({error}); write it again with --force") from error
     return {name: table.column(name).to_numpy() for name in table.column_names}
 
 

@@ -105,7 +105,7 @@ def test_a_table_that_is_not_whole_is_named(tmp_path):
 def test_provenance_names_version_commit_settings_and_inputs():
     found = provenance(settings=SETTINGS, inputs=INPUTS)
     assert found["sae_steer"] == records.package_version()
-    assert found["commit"] is None or re.fullmatch("[0-9a-f]{40}", found["commit"])
+    assert found["commit"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", found["commit"])
     assert found["settings"] == {**asdict(SETTINGS), "doses": [0.0, 1.0]}
     assert found["inputs"] == INPUTS
     assert provenance(settings=asdict(SETTINGS), inputs=INPUTS) == found

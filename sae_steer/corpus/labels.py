@@ -127,4 +127,9 @@ def first_token_purity(
     if not purity:
         raise InputError("no step of these texts is a target phrase; check target.phrases and the onset rule")
     pure = tuple(first for first, share in purity.items() if share >= min_purity)
+    if not pure:
+        raise InputError(
+            f"no first token of a target phrase begins one at {min_purity:.0%} of its onsets; name phrases that begin "
+            "with words other steps do not begin with"
+        )
     return TargetTokens(pure, purity, sum(target[first] for first in pure) / target.total())

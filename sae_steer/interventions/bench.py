@@ -110,9 +110,20 @@ class Bench:
                 "mean_delivered_norm": float(delivered[:, column].mean()),
                 "rows_edited": int(moved.sum()),
                 "coverage": float(moved.mean()),
-                "mean_where_edited": float(effect[moved, column].mean()) if moved.any() else None,
+                **self._where_edited(effect[moved, column], onsets.task[moved]),
             }
         return {"n": len(onsets), "tasks": len(np.unique(onsets.task)), "doses": rows}
+
+    def _where_edited(self, effect: Float[np.ndarray, " moved"], task: np.ndarray) -> dict:
+        """The mean over the rows that an edit moved, with its interval where there are tasks enough for one."""
+        keys, tasks = ("mean_where_edited", "where_edited_low", "where_edited_high"), len(np.unique(task))
+        if tasks < self.settings.min_tasks:
+            means = (float(effect.mean()) if len(effect) else None, None, None)
+        else:
+            draws = {"draws": self.settings.bootstrap_draws, "seed": self.settings.seed}
+            found = stats.cluster_bootstrap(effect[:, None], task, **draws)
+            means = (float(found.mean[0]), float(found.low[0]), float(found.high[0]))
+        return {**dict(zip(keys, means, strict=True)), "tasks_edited": tasks}
 
     def controls(self, reading: VariantReading) -> dict:
         """Mean effects of the random directions, and the feature's rank among them by distance from zero."""

@@ -134,7 +134,8 @@ def intervene(
     _check(pair, cache, dictionary, settings)
     dictionary.sae.direction(feature)  # an index outside the dictionary ends here
     texts = cache.own_texts("confirm", pair.target.name)[: settings.prompts]
-    firings = count_firings(cache, dictionary, feature, texts, settings)
+    onsets = choose_onsets(texts, settings)
+    firings = count_firings(cache, dictionary, feature, onsets["joint"], onsets["single"], settings)
     record = {
         "provenance": study_provenance(pair, cache, dictionary, feature, settings),
         "dictionary": dictionary.name,
@@ -150,7 +151,7 @@ def intervene(
         return Study({**record, "tested": False, "reason": reason, "firings": firings}, {})
     tokens = cache.target_tokens(pair)
     edit = FeatureEdit(dictionary.sae, feature, firings["s"])
-    bench = Bench(pair, dictionary.layer, edit, tokens.ids, choose_onsets(texts, settings), settings)
+    bench = Bench(pair, dictionary.layer, edit, tokens.ids, onsets, settings)
     arms = SampledArms(pair, dictionary.layer, edit, plan_titles(pair, texts[: settings.generations]), settings)
     variants = four_variants(settings.upstream)
     readings, sampled, stages = [], [], 2 * len(variants)

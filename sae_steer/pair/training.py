@@ -74,6 +74,7 @@ def train_pair(
     record = {
         "provenance": wanted,
         "tokenizer": {"rows": tokenizer.n_vocab, "unused_rows": tokenizer.unused},
+        "models": {model.name: model.sha256 for model in pair.models},
         "parameters": pair.target.decoder.n_parameters,
         "log": logs,
         "measured": measure_pair(pair, seed=settings.seed, on_step=on_step),

@@ -34,8 +34,9 @@ def _scan(scan: Record) -> str:
         return said
     top = scan["top"][0]
     return said + (
-        f" The first of them, feature {top['feature']}, fires at {count(top['target_hits'])} of these onsets in "
-        f"{target} and at {count(top['reference_hits'])} in {reference}."
+        f" The most specific of those that fire in at least {setting(asked['min_task_share'])} of the tasks, feature "
+        f"{top['feature']}, fires at {count(top['target_hits'])} of these onsets in {target} and at "
+        f"{count(top['reference_hits'])} in {reference}."
     )
 
 

@@ -104,3 +104,9 @@ def test_target_tokens_cover_most_regulation_steps_of_the_corpus(small, large, t
 def test_texts_without_a_target_step_are_told(small):
     with pytest.raises(InputError, match="no step of these texts is a target phrase"):
         first_token_purity([small.encode(PLAN)], tokenizer=small, phrases=["Dance"])
+
+
+def test_phrases_that_begin_like_ordinary_steps_give_no_target_token_and_are_told(large):
+    text = "<|task|>T<|steps|>Take a deep breath<|sep|>Take the bin out<|sep|><|end|>"
+    with pytest.raises(InputError, match=r"no first token of a target phrase begins one at 90% of its onsets"):
+        first_token_purity([large.encode(text)], tokenizer=large)

@@ -96,6 +96,7 @@ def scan(table: dict[str, np.ndarray], target: str = "adhd") -> dict:
             "min_rate": 0.01,
             "max_q": 0.05,
             "min_ratio": 10.0,
+            "min_task_share": 0.15,
             "like_rate": 0.59,
             "like_max_reference": 0.005,
         },
