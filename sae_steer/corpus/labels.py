@@ -106,6 +106,11 @@ class TargetTokens:
     coverage: float
     """The share of regulation steps that begin with one of `ids`."""
 
+    def described(self, tokenizer: PlanTokenizer) -> dict:
+        """What a record says of the set: ids, their text, and the coverage."""
+        texts = [tokenizer.decode([token]) for token in self.ids]
+        return {"ids": list(self.ids), "tokens": texts, "coverage": self.coverage}
+
 
 def first_token_purity(
     texts_ids: Iterable[Sequence[int]],

@@ -57,11 +57,7 @@ def layer_probability(
     return {
         "provenance": layers_provenance(pair, cache, settings),
         "pair": pair.name,
-        "target_tokens": {
-            "ids": list(tokens.ids),
-            "tokens": [pair.tokenizer.decode([token]) for token in tokens.ids],
-            "coverage": tokens.coverage,
-        },
+        "target_tokens": tokens.described(pair.tokenizer),
         "curves": curves,
     }
 

@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Float
 
 from sae_steer.cache import ActivationCache, site
-from sae_steer.corpus import TargetTokens
 from sae_steer.dictionary import Dictionary, check_fits
 from sae_steer.errors import InputError
 from sae_steer.interventions.bench import MODES, Bench, VariantReading, choose_onsets, estimates
@@ -165,7 +164,7 @@ def intervene(
     measured = {
         "tested": True,
         "firings": firings,
-        "target_tokens": _described(tokens, pair),
+        "target_tokens": tokens.described(pair.tokenizer),
         **_measured(bench, variants, readings, sampled),
     }
     return Study({**record, **measured}, bench.trials(variants, readings))
@@ -186,14 +185,6 @@ def _check(pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, sett
         )
     if settings.primary_dose not in settings.doses:
         raise InputError(f"the primary dose {settings.primary_dose} is not among the doses {settings.doses}; add it")
-
-
-def _described(tokens: TargetTokens, pair: ModelPair) -> dict:
-    return {
-        "ids": list(tokens.ids),
-        "tokens": [pair.tokenizer.decode([token]) for token in tokens.ids],
-        "coverage": tokens.coverage,
-    }
 
 
 def _measured(

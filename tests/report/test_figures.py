@@ -58,7 +58,8 @@ def test_controls_that_all_do_nothing_are_drawn():
     record = study(7)
     for variant in record["variants"]:
         variant["controls"] |= {"means": [0.0] * 99, "low": 0.0, "high": 0.0}
-    png_and_svg(effect_figures.control_histograms(StudyRecord("feature-7", record)))
+    png, _ = png_and_svg(effect_figures.control_histograms(StudyRecord("feature-7", record)))
+    assert png.startswith(b"\x89PNG")
 
 
 def test_a_probability_of_zero_does_not_break_the_layer_curves():
@@ -70,7 +71,8 @@ def test_a_probability_of_zero_does_not_break_the_layer_curves():
 def test_names_are_text_and_no_formula():
     record = layers()
     record["curves"][0]["model"] = "$\\frac{a$_b"
-    png_and_svg(figures.layer_curves(record))
+    png, _ = png_and_svg(figures.layer_curves(record))
+    assert png.startswith(b"\x89PNG")
 
 
 def test_neighbours_end_up_apart_and_in_order():
