@@ -1,0 +1,54 @@
+"""Caching residual streams."""
+
+from pathlib import Path
+
+import click
+
+from sae_steer.cli.group import main
+from sae_steer.cli.options import SOME, force_option, open_pair, out_option, pair_option, seed_option
+from sae_steer.settings import DEFAULT_LAYER, CacheSettings, CorpusSettings
+
+
+@main.command()
+@pair_option
+@click.option(
+    "--layer", "layers", multiple=True, default=[DEFAULT_LAYER], help="A block after which to store; repeat for more."
+)
+@click.option(
+    "--texts", type=click.Path(path_type=Path), help="A .txt or .jsonl file to read instead of the generated corpus."
+)
+@click.option(
+    "--train-plans", default=CorpusSettings.train_plans, type=SOME, help="Generated plans to train dictionaries on."
+)
+@click.option("--scan-plans", default=CorpusSettings.scan_plans, type=SOME, help="Plans to choose a feature on.")
+@click.option("--tune-plans", default=CorpusSettings.tune_plans, type=SOME, help="Plans to set its size on.")
+@click.option("--confirm-plans", default=CorpusSettings.confirm_plans, type=SOME, help="Plans to test it on.")
+@click.option("--dtype", type=click.Choice(["float16", "float32"]), default=CacheSettings.dtype, help="Type stored.")
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default=CacheSettings.precision,
+    help="Of matrix products.",
+)
+@out_option
+@seed_option
+@force_option
+def cache(pair, layers, texts, dtype, precision, out, seed, force, **plans) -> None:
+    """Store the residual streams of both models over the same texts.
+
+    \b
+    Examples:
+        sae-steer cache
+        sae-steer cache --layer 1 --layer 2 --texts plans.jsonl --out activations/mine
+    """
+    from sae_steer.cache import cache_activations
+    from sae_steer.pair.texts import GeneratedTexts, TextFile
+    from sae_steer.terminal import Bar
+
+    loaded, places = open_pair(pair, out, None)
+    source = TextFile.read(texts) if texts else GeneratedTexts(CorpusSettings(seed=seed, **plans))
+    settings = CacheSettings(dtype=dtype, precision=precision)
+    made = cache_activations(
+        loaded, layers=layers, out=places.cache, settings=settings, source=source, force=force, on_rows=Bar("cache")
+    )
+    click.echo(made.folder)

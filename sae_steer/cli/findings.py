@@ -1,0 +1,67 @@
+"""What differs between the models: features by onset firing, target probability by layer."""
+
+import click
+
+from sae_steer.cli.group import main
+from sae_steer.cli.options import (
+    COUNT,
+    SOME,
+    dictionary_options,
+    force_option,
+    open_dictionary,
+    open_pair,
+    out_option,
+    places_options,
+    seed_option,
+)
+from sae_steer.settings import LayersSettings, ScanSettings
+
+
+@main.command()
+@dictionary_options
+@click.option("--top", default=10, type=SOME, help="How many of the most specific features to print.")
+@click.option("--min-rate", default=ScanSettings.min_rate, help="Least firing rate at the target model's onsets.")
+@click.option("--max-q", default=ScanSettings.max_q, help="Largest q over all features.")
+@click.option("--min-ratio", default=ScanSettings.min_ratio, help="Least ratio of the two models' rates.")
+@out_option
+@force_option
+def scan(pair, cache_folder, sae_folder, layer, top, min_rate, max_q, min_ratio, out, force) -> None:
+    """Rank the features of a dictionary by how specific they are to the target model at step onsets.
+
+    \b
+    Example:
+        sae-steer scan --top 10
+    """
+    from sae_steer.study import find_or_scan
+    from sae_steer.terminal import Bar
+
+    loaded, places, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer)
+    cache.check_pair(loaded)
+    folder = out or places.scan
+    settings = ScanSettings(min_rate=min_rate, max_q=max_q, min_ratio=min_ratio)
+    found = find_or_scan(cache, dictionary, folder, settings=settings, force=force, on_rows=Bar("scan"))
+    click.echo(found.table(top), err=True)
+    click.echo(folder)
+
+
+@main.command()
+@places_options
+@click.option("--prompts", default=LayersSettings.prompts, type=COUNT, help="Texts a rendering at most.")
+@out_option
+@seed_option
+@force_option
+def layers(pair, cache_folder, prompts, out, seed, force) -> None:
+    """P(target) at step onsets after every block, in both models.
+
+    \b
+    Example:
+        sae-steer layers
+    """
+    from sae_steer.cache import ActivationCache
+    from sae_steer.study import find_or_read_layers
+    from sae_steer.terminal import Bar
+
+    loaded, places = open_pair(pair, cache_folder, None)
+    settings = LayersSettings(prompts=prompts, seed=seed)
+    cache, folder = ActivationCache.open(places.cache), out or places.layers
+    click.echo(find_or_read_layers(loaded, cache, folder, settings=settings, force=force, on_step=Bar("layers")).parent)

@@ -1,0 +1,35 @@
+"""The command group: what a user can mend becomes one line on stderr and exit code 1."""
+
+import click
+
+from sae_steer.errors import SteerError
+
+
+class SteerGroup(click.Group):
+    """Turns what a user can mend into a one-line message and exit code 1."""
+
+    def invoke(self, ctx: click.Context):
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except SteerError as error:
+            raise click.ClickException(" ".join(str(error).split())) from error
+        except BrokenPipeError:
+            raise  # click ends quietly where the reader of stdout has gone
+        except OSError as error:
+            raise click.ClickException(f"{error}; free space, or name a folder that can be used") from error
+        except KeyboardInterrupt as error:
+            raise click.ClickException(
+                "interrupted; what is finished is kept, and the same command goes on from there"
+            ) from error
+
+
+@click.group(cls=SteerGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(package_name="sae-steer")
+def main() -> None:
+    """Two trained language models that differ in training, and what a feature of one does to their behaviour.
+
+    \b
+    The whole study on the embedded pair:
+        sae-steer run
+    """

@@ -1,0 +1,62 @@
+"""Options that several commands share, and what they open."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from sae_steer.settings import DEFAULT_LAYER, DEFAULT_PAIR
+
+
+def shared(*options: Callable) -> Callable:
+    """Several option decorators as one."""
+
+    def decorate(command: Callable) -> Callable:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+pair_option = click.option("--pair", default=DEFAULT_PAIR, help="A packaged pair, or a folder with a pair.toml.")
+out_option = click.option("--out", type=click.Path(path_type=Path), help="Where to write.  [default: the usual place]")
+cache_option = click.option(
+    "--cache",
+    "cache_folder",
+    type=click.Path(path_type=Path),
+    help="The activation cache.  [default: activations/PAIR]",
+)
+sae_option = click.option(
+    "--sae",
+    "sae_folder",
+    type=click.Path(path_type=Path),
+    help="The dictionary's folder.  [default: the target model's]",
+)
+layer_option = click.option("--layer", default=DEFAULT_LAYER, help="The block after which the stream is read.")
+force_option = click.option("--force", is_flag=True, help="Replace what was made with other settings.")
+seed_option = click.option("--seed", default=0, type=click.IntRange(min=0), help="Fixes every random choice.")
+COUNT, SOME = click.IntRange(min=1), click.IntRange(min=0)
+"""How many, at least one; and how many, none allowed."""
+places_options = shared(pair_option, cache_option)
+dictionary_options = shared(pair_option, cache_option, sae_option, layer_option)
+
+
+def open_pair(pair: str, cache_folder: Path | None, run_folder: Path | None):
+    """The pair, and where its files lie."""
+    from sae_steer.pair.model_pair import load_pair
+    from sae_steer.study import Places
+
+    loaded = load_pair(pair)
+    usual = Places.of(loaded.name)
+    return loaded, Places(cache_folder or usual.cache, run_folder or usual.run)
+
+
+def open_dictionary(pair: str, cache_folder: Path | None, sae_folder: Path | None, layer: int):
+    """The pair, its places, the cache and the dictionary that the options name."""
+    from sae_steer.cache import ActivationCache
+    from sae_steer.dictionary import load_dictionary
+
+    loaded, places = open_pair(pair, cache_folder, None)
+    folder = sae_folder or places.dictionary(loaded.target.name, layer)
+    return loaded, places, ActivationCache.open(places.cache), load_dictionary(folder)

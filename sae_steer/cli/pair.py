@@ -1,0 +1,40 @@
+"""Training a pair of models."""
+
+from pathlib import Path
+
+import click
+
+from sae_steer.cli.group import main
+from sae_steer.cli.options import COUNT, force_option, seed_option
+from sae_steer.settings import PRESETS, PairTrainingSettings
+
+
+@main.command("train-pair")
+@click.option(
+    "--preset", type=click.Choice(list(PRESETS)), default=PairTrainingSettings.preset, help="Shape of both models."
+)
+@click.option(
+    "--init", type=click.Choice(["shared", "separate"]), default=PairTrainingSettings.init,
+    help="shared: both continue one model trained on an equal mix; separate: two random starts.",
+)  # fmt: skip
+@click.option("--tokens", default=PairTrainingSettings.tokens, type=COUNT, help="Training tokens a model.")
+@click.option("--lr", default=PairTrainingSettings.lr, help="Peak learning rate.")
+@click.option("--precision", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Of matrix products.")
+@click.option("--out", type=click.Path(path_type=Path), help="The pair's folder.  [default: pairs/PRESET]")
+@seed_option
+@force_option
+def train_pair(preset, init, tokens, lr, precision, out, seed, force) -> None:
+    """Train two models that differ in their training text alone; resumes after a kill.
+
+    \b
+    Example:
+        sae-steer train-pair --preset small --init shared
+    """
+    from sae_steer.pair.training import train_pair
+    from sae_steer.runtime import World
+    from sae_steer.terminal import Bar
+
+    settings = PairTrainingSettings(preset=preset, init=init, tokens=tokens, lr=lr, seed=seed)
+    folder = out or Path("pairs", preset)
+    train_pair(folder, settings, world=World.local(precision=precision), force=force, on_step=Bar("train-pair"))
+    click.echo(folder)
