@@ -1,18 +1,21 @@
-"""The machine a run happens on: device, compute precision, generators, files written beside and renamed."""
+"""The machine a run happens on: device, precision, the processes of one run, generators, files renamed into place."""
 
 import hashlib
 import json
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
+from torch import Tensor
 
 from sae_steer.errors import InputError, SteerError
 
@@ -23,15 +26,21 @@ UNFINISHED = ".tmp"
 
 @dataclass(frozen=True)
 class World:
-    """Where tensors live and at which precision matrix products run."""
+    """Where tensors live, at which precision matrix products run, and which of a run's processes this is.
+
+    One process and many run the same code: the collective methods change nothing when `size` is one. Every
+    process must call them in the same order. `joined` makes the World of a process that torchrun started.
+    """
 
     device: torch.device
     autocast: torch.dtype | None = None
     """Type of matrix products inside `world.compute()`; None leaves everything in float32."""
+    rank: int = 0
+    size: int = 1
 
     @classmethod
     def local(cls, *, precision: str = "bfloat16", device: str | None = None) -> "World":
-        """This process on `device`, or on the GPU if there is one."""
+        """This process alone on `device`, or on the GPU if there is one."""
         if precision not in PRECISIONS:
             raise InputError(f"no precision {precision!r}; choose {' or '.join(PRECISIONS)}")
         found = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,6 +51,86 @@ class World:
         if self.autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes shared files and talks to the user."""
+        return self.rank == 0
+
+    def share(self, items: int) -> range:
+        """The numbers below `items` that fall to this process: every `size`-th."""
+        return range(self.rank, items, self.size)
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """`x`, replaced by its sum over all processes."""
+        if self.size > 1:
+            with self._company():
+                dist.all_reduce(x)
+        return x
+
+    def mean_(self, x: Tensor) -> Tensor:
+        """`x`, replaced by its mean over all processes."""
+        return self.sum_(x) if self.size == 1 else self.sum_(x).div_(self.size)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of `x` over all processes; `x` itself if there is one."""
+        return x if self.size == 1 else self.mean_(x.clone())
+
+    def broadcast_(self, x: Tensor) -> Tensor:
+        """`x`, replaced by the first process's."""
+        if self.size > 1:
+            with self._company():
+                dist.broadcast(x, src=0)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true in any process."""
+        return bool(self.sum_(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        """Return when every process has come here."""
+        self.any(False)  # a reduction on this world's own device: the group's barrier would pick a GPU by itself
+
+    @contextmanager
+    def _company(self) -> Iterator[None]:
+        """Tells the loss of another process in one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise SteerError(
+                f"process {self.rank + 1} of {self.size} stops because another one did; what is finished is kept, "
+                "and the same command goes on from there"
+            ) from error
+
+
+@contextmanager
+def joined(*, precision: str = "bfloat16", device: str | None = None) -> Iterator[World]:
+    """The `World` of this process among those torchrun started, connected while the block runs.
+
+    Without torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) it is `World.local`. GPUs
+    talk by nccl, one a process; CPUs by gloo. A SIGTERM, with which torchrun ends the survivors of a death, is a
+    `SteerError`.
+    """
+    alone = World.local(precision=precision, device=device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield alone
+        return
+    place = alone.device
+    if place.type == "cuda" and place.index is None:
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    before = signal.signal(signal.SIGTERM, _told_to_stop)
+    try:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        yield replace(alone, device=place, rank=dist.get_rank(), size=dist.get_world_size())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _told_to_stop(number: int, frame: object) -> None:
+    raise SteerError("told to stop; what is finished is kept, and the same command goes on from there")
 
 
 def generator(*seeds: int) -> torch.Generator:
@@ -109,7 +198,7 @@ def write_text(path: Path, text: str) -> Path:
     return Path(path)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> Path:
+def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict) -> Path:
     """Write named tensors, and `facts` as JSON in the header, as one safetensors file, beside and renamed."""
     from safetensors.torch import save_file
 
@@ -120,7 +209,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], facts: dict) -> 
     return Path(path)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors and facts `write_tensors` wrote."""
     from safetensors import safe_open
 

@@ -377,3 +377,10 @@ def test_a_message_of_several_lines_is_told_in_one(monkeypatch):
 
     monkeypatch.setitem(main.commands, "fail", fail)
     refused(steer("fail"), "Error: first second")
+
+
+def test_torchrun_is_refused_where_one_process_is_meant(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = steer("report")
+    assert ran.exit_code == 1
+    assert "report runs in one process; start it without torchrun" in ran.stderr

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -178,3 +179,55 @@ def test_timing_stands_in_a_file_of_its_own(tmp_path):
     with timed(tmp_path):
         pass
     assert json.loads((tmp_path / "timing.json").read_text())["seconds"] >= 0
+
+
+# Processes
+
+
+def test_alone_the_collective_methods_change_nothing():
+    world, x = World.local(device="cpu"), torch.tensor([1.0, 2.0])
+    assert world.mean(x) is world.mean_(x) is world.sum_(x) is world.broadcast_(x) is x
+    assert x.tolist() == [1.0, 2.0]
+    assert (world.any(True), world.any(False), world.is_first, list(world.share(3))) == (True, False, True, [0, 1, 2])
+    world.barrier()
+
+
+TWO = """
+import os, sys
+import torch
+from sae_steer.errors import SteerError
+from sae_steer.runtime import joined
+
+os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+rank = 0 if (child := os.fork()) else 1  # nothing has run in torch yet, so a fork is safe
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+torch.set_num_threads(1)
+with joined(device="cpu") as world:
+    assert (world.rank, world.size, world.is_first) == (rank, 2, rank == 0)
+    assert list(world.share(5)) == [[0, 2, 4], [1, 3]][rank]
+    x = torch.tensor([1.0, 10.0 * rank])
+    assert world.mean(x).tolist() == [1.0, 5.0] and x.tolist() == [1.0, 10.0 * rank]
+    assert world.sum_(x) is x and x.tolist() == [2.0, 10.0]
+    assert world.broadcast_(torch.tensor([rank, 7])).tolist() == [0, 7]
+    assert world.any(rank == 1) and not world.any(False)
+    world.barrier()
+    if rank == 1:
+        os._exit(0)
+    try:
+        world.barrier()
+    except SteerError as error:
+        print(error)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+def test_two_processes_agree_and_the_loss_of_one_is_told_in_one_line():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ran = subprocess.run(
+        [sys.executable, "-c", TWO, str(port)], capture_output=True, text=True, timeout=100,
+        env={**os.environ, "PYTHONPATH": str(Path(runtime.__file__).parents[1])},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("process 1 of 2 stops because another one did; what is finished is kept")

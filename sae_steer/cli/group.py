@@ -1,12 +1,26 @@
 """The command group: what a user can mend becomes one line on stderr and exit code 1."""
 
+import os
+
 import click
 
 from sae_steer.errors import SteerError
 
+MANY_PROCESSES = ("cache",)
+"""Commands that torchrun may start several times; they use `runtime.joined`."""
+
 
 class SteerGroup(click.Group):
     """Turns what a user can mend into a one-line message and exit code 1."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        """The command, refused where torchrun started several processes and it knows but one."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in MANY_PROCESSES:
+            raise click.ClickException(
+                f"{name} runs in one process; start it without torchrun (with it: {', '.join(MANY_PROCESSES)})"
+            )
+        return name, command, rest
 
     def invoke(self, ctx: click.Context):
         """Run the command."""
