@@ -24,6 +24,7 @@ _HOME = {
     "GeneratedTexts": "pair.texts",
     "Inject": "interventions.edits",
     "InterveneSettings": "settings",
+    "JumpReLUSAE": "sae.architectures",
     "LayersSettings": "settings",
     "ModelPair": "pair.model_pair",
     "PairTrainingSettings": "settings",

@@ -7,7 +7,7 @@ from sae_steer.cache import ActivationCache, ActivationRows, site
 from sae_steer.errors import InputError
 from sae_steer.records import already_done, provenance, write_json
 from sae_steer.runtime import World, sha256, sweep
-from sae_steer.sae.architectures import TopKSAE
+from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.sae.evaluation import evaluate
 from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
 from sae_steer.sae.saelens import WEIGHTS_FILE, load_sae, read_metadata, save_sae
@@ -21,7 +21,7 @@ RECORD_FILE = "training.json"
 class Dictionary:
     """A sparse autoencoder and the stream it was learned from."""
 
-    sae: TopKSAE
+    sae: SparseDictionary
     model: str
     layer: int
     record: dict
@@ -88,7 +88,7 @@ def train_sae(
     return load_dictionary(out)
 
 
-def _figures(sae: TopKSAE, seen: ActivationRows, held_out: ActivationRows) -> dict:
+def _figures(sae: SparseDictionary, seen: ActivationRows, held_out: ActivationRows) -> dict:
     """How well the dictionary explains the rows it learned from, and rows of tasks it never saw."""
     exact = World.local(precision="float32")
     train, fresh = (evaluate(sae, rows.in_order(), exact) for rows in (seen, held_out))

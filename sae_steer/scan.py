@@ -22,7 +22,7 @@ from sae_steer.dictionary import Dictionary, check_fits
 from sae_steer.errors import InputError
 from sae_steer.records import provenance, read_json, read_table, write_json, write_table
 from sae_steer.runtime import Progress, silent
-from sae_steer.sae.architectures import TopKSAE
+from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.settings import ScanSettings
 
 RECORD_FILE, TABLE_FILE, BY_TASK_FILE = "feature_diff.json", "features.parquet", "by_task.parquet"
@@ -40,17 +40,18 @@ class FiringCounter:
     @torch.no_grad()
     def update(
         self,
-        sae: TopKSAE,
+        sae: SparseDictionary,
         resid: Float[torch.Tensor, "row d_model"],
         cell: Int[np.ndarray, " row"],
         task: Int[np.ndarray, " row"],
     ) -> None:
         """Count a batch; `task` is -1 for rows that are counted by cell alone."""
         codes = sae.encode(resid)
-        fires, d_sae = codes.values > 0, self.hits.shape[1]
+        fires = codes.values > 0
+        rows, features, d_sae = codes.rows[fires], codes.indices[fires], self.hits.shape[1]
         for counts, group in ((self.hits, cell), (self.task_hits, task)):
-            places = torch.from_numpy(group)[:, None] * d_sae + codes.indices
-            chosen = places[fires & torch.from_numpy(group >= 0)[:, None]]
+            mine = torch.from_numpy(group)[rows]
+            chosen = (mine * d_sae + features)[mine >= 0]
             counts += torch.bincount(chosen, minlength=counts.numel()).view_as(counts)
 
 

@@ -117,7 +117,7 @@ def test_counts_equal_a_dense_count(scan, cache, dictionary):
     for model, by_task in (("adhd", scan.target_hits), ("standard", scan.reference_hits)):
         resid = torch.cat(list(cache.rows(model, 2, "scan").in_order()))
         codes = sae.encode(resid)
-        dense = torch.zeros(len(resid), scan.d_sae).scatter_(1, codes.indices.long(), codes.values).numpy() > 0
+        dense = codes.dense().numpy() > 0
         for variant, rendering in enumerate(cache.variants):
             for place, onset in (("onset", 1), ("elsewhere", 0)):
                 cell = (labels["text_variant"] == variant) & (labels["is_onset"] == onset)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_steer.model.replay import Edit
-from sae_steer.sae.architectures import TopKSAE
+from sae_steer.sae.architectures import SparseDictionary
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Subtract:
 class ZeroAblate:
     """h - strength * f(h) * W_dec[f]: at strength one the feature's contribution is gone, where it fires."""
 
-    sae: TopKSAE
+    sae: SparseDictionary
     feature: int
     strength: float = 1.0
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae_steer.interventions.edits import Inject, Subtract, ZeroAblate
 from sae_steer.pair.model_pair import ModelPair, NamedModel
-from sae_steer.sae.architectures import TopKSAE
+from sae_steer.sae.architectures import SparseDictionary
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Variant:
 class FeatureEdit:
     """A feature and its size, from which every variant's edits are made."""
 
-    sae: TopKSAE
+    sae: SparseDictionary
     feature: int
     s: float
     """Median norm of the feature's active contribution: what dose 1 adds or takes."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_steer.errors import InputError
 from sae_steer.runtime import World
-from sae_steer.sae.architectures import TopKSAE
+from sae_steer.sae.architectures import SparseDictionary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class SAEMetrics:
 class _Sums:
     """The running sums; deviations are from the first batch's mean, so that a large mean cancels nothing."""
 
-    def __init__(self, sae: TopKSAE, world: World) -> None:
+    def __init__(self, sae: SparseDictionary, world: World) -> None:
         self.sae, self.world = sae, world
         self.rows = 0
         self.squared_error = self.squared = 0.0
@@ -63,7 +63,7 @@ class _Sums:
 
     def update(self, batch: Float[Tensor, "row d_in"]) -> None:
         """Add a batch of rows."""
-        batch = batch.to(self.world.device, self.sae.W_enc.dtype)
+        batch = batch.to(self.world.device, getattr(torch, self.sae.config.dtype))
         with self.world.compute():
             codes = self.sae.encode(batch)
         exact = batch.double()
@@ -89,7 +89,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def evaluate(sae: TopKSAE, rows: Iterable[Tensor], world: World) -> SAEMetrics:
+def evaluate(sae: SparseDictionary, rows: Iterable[Tensor], world: World) -> SAEMetrics:
     """The dictionary's figures on batches of held-out rows, however they are cut."""
     sums = _Sums(sae, world)
     for batch in rows:

@@ -47,7 +47,7 @@ class Support:
 
 
 @dataclass(frozen=True)
-class SparseCodes:
+class TrainingCodes:
     """f of a batch: row n has values[n, i] at feature indices[n, i] and zero elsewhere."""
 
     values: Float[Tensor, "row k"]
@@ -149,12 +149,12 @@ def encode_topk(
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_in"],
     k: int,
-) -> SparseCodes:
+) -> TrainingCodes:
     """f = relu of the k largest of (x - b_dec) @ W_enc + b_enc; differentiable in all four tensors."""
     preactivations, support = _Preactivations.apply(x, b_dec, W_enc, b_enc, k)
-    return SparseCodes(preactivations.relu(), support)
+    return TrainingCodes(preactivations.relu(), support)
 
 
-def decode_codes(codes: SparseCodes, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "row d_in"]:
+def decode_codes(codes: TrainingCodes, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "row d_in"]:
     """f @ W_dec; differentiable in the codes' values and in W_dec."""
     return _Decode.apply(codes.values, W_dec, codes.support)

@@ -117,8 +117,8 @@ def train_step(
     """One step in place; returns the share of variance left unexplained, and the loss."""
     sae = state.sae
     with world.compute():
-        codes = sae.encode(batch)
-    reconstruction = sae.decode(codes)
+        codes = encode_topk(batch, sae.W_enc, sae.b_enc, sae.b_dec, sae.config.k)
+    reconstruction = decode_codes(codes, sae.W_dec) + sae.b_dec
     mse = reconstruction_mse(batch, reconstruction) / sae.config.d_in  # of rows with mean square d_in
     loss = mse
     dead = (state.silent_rows > settings.dead_after_rows).nonzero()[:, 0]  # waits for the device

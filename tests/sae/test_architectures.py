@@ -5,7 +5,7 @@ import torch
 
 from sae_steer.errors import InputError
 from sae_steer.runtime import generator
-from sae_steer.sae.architectures import TopKConfig, TopKSAE
+from sae_steer.sae.architectures import SLAB, JumpReLUConfig, JumpReLUSAE, SparseDictionary, TopKConfig, TopKSAE
 
 X = torch.randn(40, 16, generator=generator(9))
 
@@ -16,6 +16,26 @@ def test_the_dictionary_is_its_equations(random_sae: TopKSAE) -> None:
     f = torch.zeros(40, 64).scatter(1, top.indices, top.values.relu())
     torch.testing.assert_close(random_sae.encode(X).dense(), f)
     torch.testing.assert_close(random_sae(X), f @ random_sae.W_dec + random_sae.b_dec)
+
+
+def test_a_jumprelu_dictionary_is_its_equations() -> None:
+    sae = JumpReLUSAE(JumpReLUConfig(d_in=16, d_sae=64))
+    for number, weight in enumerate(sae.parameters()):
+        weight.data.normal_(generator=generator(4, number))
+    preactivations = (X - sae.b_dec) @ sae.W_enc + sae.b_enc
+    f = preactivations.relu() * (preactivations > sae.threshold)
+    assert bool((sae.threshold < 0).any()), "a threshold below zero lets nothing negative through"
+    torch.testing.assert_close(sae.encode(X).dense(), f)
+    torch.testing.assert_close(sae(X), f @ sae.W_dec + sae.b_dec)
+    assert torch.equal(sae.scaled(4.0)(4 * X), 4 * sae(X))
+    assert isinstance(sae, SparseDictionary)
+
+
+def test_codes_do_not_depend_on_the_slabs_rows_are_cut_into(random_sae: TopKSAE) -> None:
+    x = torch.randn(SLAB + 7, 16, generator=generator(2))
+    dense = torch.cat([random_sae.encode(part).dense() for part in x.split(100)])
+    torch.testing.assert_close(random_sae.encode(x).dense(), dense)
+    assert random_sae.encode(x[:0]).n_rows == 0
 
 
 def test_activation_of_a_feature_is_its_column_of_the_codes(random_sae: TopKSAE) -> None:
