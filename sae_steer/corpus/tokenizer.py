@@ -65,10 +65,15 @@ class PlanTokenizer:
             raise InputError(f"cannot read tokenizer {path}: {error.strerror}; give a tokenizer.json") from error
         except UnicodeDecodeError as error:
             raise InputError(f"tokenizer {path} is not UTF-8 text; give a tokenizer.json") from error
+        return cls.read(content, str(path))
+
+    @classmethod
+    def read(cls, content: str, origin: str) -> "PlanTokenizer":
+        """The tokenizer of a tokenizer.json's content; `origin` names it in an error."""
         try:
             return cls(content)
         except Exception as error:  # tokenizers raises no narrower type
-            raise InputError(f"{path} is no tokenizer.json ({error}); give one saved by `tokenizers`") from error
+            raise InputError(f"{origin} is no tokenizer.json ({error}); give one saved by `tokenizers`") from error
 
     def save(self, path: Path) -> Path:
         """Write the tokenizer.json, beside and renamed; returns `path`."""

@@ -15,7 +15,7 @@ from sae_steer import stats
 from sae_steer.cache import ActivationCache
 from sae_steer.errors import InputError
 from sae_steer.model.batching import length_batches, pad
-from sae_steer.model.decoder import Decoder
+from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.readout import target_mass
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
@@ -70,7 +70,7 @@ def _check_tasks(texts: list[Text], rendering: str) -> None:
         )
 
 
-def _curve(model: Decoder, texts: list[Text], target: tuple[int, ...], settings: LayersSettings) -> dict:
+def _curve(model: LanguageModel, texts: list[Text], target: tuple[int, ...], settings: LayersSettings) -> dict:
     mass, task = onset_masses(model, texts, target)
     found = stats.cluster_bootstrap(mass, task, draws=settings.bootstrap_draws, seed=settings.seed)
     layers = [
@@ -82,7 +82,7 @@ def _curve(model: Decoder, texts: list[Text], target: tuple[int, ...], settings:
 
 @torch.no_grad()
 def onset_masses(
-    model: Decoder, texts: list[Text], target: tuple[int, ...]
+    model: LanguageModel, texts: list[Text], target: tuple[int, ...]
 ) -> tuple[Float[np.ndarray, "row layer"], np.ndarray]:
     """Target mass at every onset after every block, and the task of each row."""
     columns, layers = torch.tensor(target, device=model.device), tuple(range(model.shape.n_layers))

@@ -146,6 +146,11 @@ class Decoder(nn.Module):
         """The unembedding, one row a token."""
         return (self.embed_tokens if self.lm_head is None else self.lm_head).weight
 
+    @property
+    def described(self) -> str:
+        """All that fixes the function besides the weights."""
+        return repr(self.shape)
+
     def check_layer(self, layer: int, name: str = "the model") -> None:
         """Raise `InputError` unless there is a block `layer`."""
         if not 0 <= layer < self.shape.n_layers:

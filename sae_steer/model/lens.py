@@ -1,19 +1,27 @@
-"""Our decoder as a TransformerLens model, for parity and for its users' tools.
+"""TransformerLens both ways: any model it loads as one of a pair, and our decoder for its users' tools.
 
-The only importer of transformer_lens.
+The only importer of transformer_lens, which takes seconds: imported when first asked for.
 """
 
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sae_steer.errors import InputError
 from sae_steer.model.decoder import Decoder
 
 if TYPE_CHECKING:
-    from transformer_lens import HookedTransformer
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 
 def to_hooked_transformer(model: Decoder) -> "HookedTransformer":
     """A `HookedTransformer` with the same weights and the same residual stream: nothing folded or centred."""
-    import torch
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     shape = model.shape
@@ -39,7 +47,8 @@ def to_hooked_transformer(model: Decoder) -> "HookedTransformer":
         default_prepend_bos=False,
         device=str(model.device),
     )
-    hooked = HookedTransformer(config)
+    with _deprecation_is_known():
+        hooked = HookedTransformer(config)
     known = hooked.state_dict()
     ours = _hooked_names(model, underscore=shape.n_kv_heads != shape.n_heads)
     assert set(ours) <= set(known), f"TransformerLens does not know {sorted(set(ours) - set(known))}"
@@ -71,3 +80,129 @@ def _hooked_names(model: Decoder, *, underscore: bool) -> dict:
             f"{at}.mlp.W_out": block.mlp.down_proj.weight.T,
         }
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+NOT_OF_THE_FUNCTION = (
+    "device", "dtype", "seed", "n_devices", "n_params", "model_name", "tokenizer_name", "original_architecture",
+    "init_mode", "init_weights", "initializer_range", "from_checkpoint", "checkpoint_index", "checkpoint_label_type",
+    "checkpoint_value", "default_prepend_bos", "tokenizer_prepends_bos", "trust_remote_code",
+)  # fmt: skip
+"""Fields of a TransformerLens config on which no output depends."""
+
+
+class LensModel(nn.Module):
+    """A `HookedTransformer` as a model of a pair: its own forward, weights as they are, nothing folded or centred."""
+
+    def __init__(self, hooked: "HookedTransformer"):
+        super().__init__()
+        if hooked.cfg.attention_dir != "causal":
+            raise InputError(
+                f"'{hooked.cfg.model_name}' attends {hooked.cfg.attention_dir}; models of a pair attend causally"
+            )
+        if hooked.cfg.positional_embedding_type == "shortformer":
+            raise InputError(
+                f"'{hooked.cfg.model_name}' keeps its positions outside the residual stream (shortformer), which no "
+                "part of the stream can be run without; take a model with positions in the stream"
+            )
+        self.hooked = hooked.eval().requires_grad_(False)
+
+    @property
+    def shape(self) -> "HookedTransformerConfig":
+        """The TransformerLens config, whose names `DecoderSettings` shares."""
+        return self.hooked.cfg
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self.hooked.W_E.device
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters, biases TransformerLens adds included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def W_U(self) -> Float[Tensor, "vocab d_model"]:
+        """The unembedding, one row a token."""
+        return self.hooked.W_U.T
+
+    @property
+    def described(self) -> str:
+        """Every field of the config that an output depends on."""
+        facts = {name: str(value) for name, value in vars(self.shape).items() if name not in NOT_OF_THE_FUNCTION}
+        return json.dumps(facts, sort_keys=True)
+
+    def check_layer(self, layer: int, name: str = "the model") -> None:
+        """Raise `InputError` unless there is a block `layer`."""
+        if not 0 <= layer < self.shape.n_layers:
+            raise InputError(f"{name} has no layer {layer}; it has layers 0 to {self.shape.n_layers - 1}")
+
+    def resid_posts(
+        self, tokens: Int[Tensor, "batch pos"], layers: tuple[int, ...]
+    ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
+        """The streams after the blocks asked for; nothing above the last of them is computed."""
+        for layer in layers:
+            self.check_layer(layer)
+        sites = {layer: f"blocks.{layer}.hook_resid_post" for layer in sorted(set(layers))}
+        _, cache = self.hooked.run_with_cache(
+            tokens,
+            names_filter=list(sites.values()),
+            stop_at_layer=max(sites) + 1,
+            return_type=None,
+            **self._right_padded,
+        )
+        return {layer: cache[site] for layer, site in sites.items()}
+
+    def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        """Final norm, unembedding and whatever the model does to its logits; below the last block, the logit lens."""
+        flat = resid.reshape(1, -1, resid.shape[-1])
+        logits = self.hooked(flat, start_at_layer=self.shape.n_layers, return_type="logits")
+        return logits.reshape(*resid.shape[:-1], logits.shape[-1])
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        """Next-token logits."""
+        return self.hooked(tokens, return_type="logits", **self._right_padded)
+
+    @property
+    def _right_padded(self) -> dict:
+        """A tokenizer that pads on the left would have TransformerLens mask whatever looks like padding there."""
+        return {} if self.hooked.tokenizer is None else {"padding_side": "right"}
+
+
+def adapt(model: object) -> LensModel:
+    """A `HookedTransformer` made a model of a pair; anything else is an `InputError`."""
+    from transformer_lens import HookedTransformer
+
+    if not isinstance(model, HookedTransformer):
+        raise InputError(f"a {type(model).__name__} cannot be a model of a pair; give a Decoder or a HookedTransformer")
+    return LensModel(model)
+
+
+def load_lens(name: str) -> LensModel:
+    """What TransformerLens loads under `name` (`tl:NAME` in a pair.toml), without any processing of the weights."""
+    import transformer_lens
+
+    try:
+        with _deprecation_is_known():
+            hooked = transformer_lens.HookedTransformer.from_pretrained_no_processing(name)
+    except (OSError, ValueError, KeyError) as error:  # unknown names, no network, files that are not there
+        told = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"TransformerLens cannot load 'tl:{name}' ({told}); give a name of its model table, and once a network "
+            "connection to fetch it with"
+        ) from error
+    return LensModel(hooked)
+
+
+def tokenizer_json(model: LensModel) -> str | None:
+    """The tokenizer.json of the tokenizer that came with the model; None if there is none of that kind."""
+    backend = getattr(model.hooked.tokenizer, "backend_tokenizer", None)
+    return None if backend is None else backend.to_str()
+
+
+@contextmanager
+def _deprecation_is_known() -> Iterator[None]:
+    """TransformerLens announces the end of `HookedTransformer` in version 4; the package asks for versions below."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "HookedTransformer.* is deprecated", DeprecationWarning)
+        yield

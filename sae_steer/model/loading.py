@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_steer.errors import InputError
 from sae_steer.model.decoder import Decoder
-from sae_steer.runtime import replacing, sha256, write_text
+from sae_steer.runtime import replacing, write_text
 from sae_steer.settings import DecoderSettings
 
 PREFIX = "model."
@@ -45,14 +45,6 @@ def load_decoder(folder: Path) -> Decoder:
     _check_fit(folder, {name: tuple(t.shape) for name, t in model.state_dict().items()}, found)
     model.load_state_dict({name: tensor.float() for name, tensor in found.items()})
     return model.eval().requires_grad_(False)
-
-
-def fingerprint(model: Decoder) -> str:
-    """A hash of the model's shape and weights, whatever file they came from."""
-    parts = [repr(model.shape).encode()]
-    for name, tensor in sorted(model.state_dict().items()):
-        parts += [name.encode(), tensor.detach().float().cpu().contiguous().numpy().tobytes()]
-    return sha256(*parts)
 
 
 def _hub_name(name: str) -> str:

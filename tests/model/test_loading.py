@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from tiny_pair import SHAPE, lively
 
 from sae_steer.errors import InputError
-from sae_steer.model.loading import fingerprint, load_decoder, save_decoder
+from sae_steer.model.language_model import fingerprint
+from sae_steer.model.loading import load_decoder, save_decoder
 
 
 @pytest.fixture

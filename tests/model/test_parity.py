@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM
 from sae_steer.corpus import write_plans
 from sae_steer.model.batching import pad
 from sae_steer.model.decoder import init_decoder
+from sae_steer.model.language_model import fingerprint
 from sae_steer.model.lens import to_hooked_transformer
-from sae_steer.model.loading import fingerprint, load_decoder, save_decoder
+from sae_steer.model.loading import load_decoder, save_decoder
 from sae_steer.runtime import generator
 from sae_steer.settings import PRESETS
 

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lens_models import gpt2_like
 from tiny_pair import PACKAGED, SHAPE, lively, pair_facts
 
 from sae_steer.corpus import PlanTokenizer
 from sae_steer.errors import InputError
 from sae_steer.model.loading import load_decoder, save_decoder
-from sae_steer.pair.model_pair import load_pair, write_pair_toml
+from sae_steer.pair.model_pair import NamedModel, load_pair, write_pair_toml
 
 
 def refusal(folder) -> str:
@@ -153,3 +154,29 @@ def test_a_pair_of_one_model_twice_is_the_same_model_under_two_names(folder):
     pair = load_pair(folder)
     assert pair.reference.sha256 == pair.target.sha256
     assert torch.equal(pair.reference.decoder.W_U, load_decoder(folder / "adhd").W_U)
+
+
+def test_a_pair_is_made_of_transformer_lens_models_in_memory_and_checked_alike(tiny):
+    base, tuned = (NamedModel.of(name, gpt2_like(seed=seed)) for seed, name in enumerate(("base", "tuned")))
+    made = replace(tiny, name="lens", reference=base, target=tuned)
+    again = replace(made, target=NamedModel.of("tuned", gpt2_like(seed=1)))
+    assert made.sha256 == again.sha256 != replace(made, target=NamedModel.of("tuned", gpt2_like(seed=2))).sha256
+    with pytest.raises(InputError, match="model 'base' has no layer 3; it has layers 0 to 2"):
+        made.check_layer(3)
+    with pytest.raises(InputError, match="model 'base' has 1000 embedding rows"):
+        replace(made, reference=NamedModel.of("base", gpt2_like(d_vocab=1000)))
+
+
+def test_a_pair_file_names_a_transformer_lens_model(folder, monkeypatch):
+    from transformer_lens import HookedTransformer
+
+    def loads(name):
+        return gpt2_like(seed={"a/base": 0, "a/tuned": 1}[name])
+
+    monkeypatch.setattr(HookedTransformer, "from_pretrained_no_processing", loads)
+    changed = pair_facts(reference={"name": "base", "model": "tl:a/base"})
+    changed["target"]["model"] = "tl:a/tuned"
+    write_pair_toml(folder, changed)
+    pair = load_pair(folder)
+    assert pair.reference.sha256 == NamedModel.of("base", gpt2_like(seed=0)).sha256
+    assert pair.target.source == {"from": "tl:a/tuned"}

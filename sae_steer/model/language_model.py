@@ -1,0 +1,64 @@
+"""What the rest of the package asks of a model, whoever runs it: our `Decoder`, or TransformerLens through `lens`."""
+
+import hashlib
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Shape(Protocol):
+    """Counts and widths by their TransformerLens names; `DecoderSettings` and TransformerLens configs have them."""
+
+    n_layers: int
+    d_model: int
+    d_vocab: int
+    n_ctx: int
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A causal model with one residual stream. Texts are right-padded: nothing real looks ahead."""
+
+    shape: Shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+
+    @property
+    def n_parameters(self) -> int:
+        """Parameters, a tied table counted once."""
+
+    @property
+    def W_U(self) -> Float[Tensor, "vocab d_model"]:
+        """The unembedding, one row a token."""
+
+    @property
+    def described(self) -> str:
+        """All that fixes the function besides the weights."""
+
+    def check_layer(self, layer: int, name: str = "the model") -> None:
+        """Raise `InputError` unless there is a block `layer`."""
+
+    def resid_posts(
+        self, tokens: Int[Tensor, "batch pos"], layers: tuple[int, ...]
+    ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
+        """The streams after the blocks asked for; nothing above the last of them is computed."""
+
+    def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        """Final norm and unembedding; on a stream below the last block, the logit lens."""
+
+    def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
+        """Next-token logits."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of what a model computes, its description and its weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    digest.update(model.described.encode())
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
