@@ -1,0 +1,132 @@
+"""How good the trainers' dictionaries are at equal rows, in the same order: held-out FVE, dead features, planted ones.
+
+    python experiments/benchmarks/sae_quality.py saelens real 1e-3     # one run; its piece is kept and found again
+    python experiments/benchmarks/sae_quality.py ours real
+    python experiments/benchmarks/sae_quality.py                       # joins the pieces: sae_quality.json
+
+Every run reads 1,015,808 rows once in batches of 4096 (ours: its documented batch), d_sae 4096, k 40. FVE needs no
+quiet machine. The time to the same FVE is rows needed x the rows/s that sae_speed.py measured on a quiet one;
+rows needed are those of the shortest whole run of ours that reaches SAELens's best FVE.
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+from sae_peers import dictionary_learning as dictionary_learning_trainer
+from sae_peers import figures, ours, saelens, sparsify, versions
+from sae_rows import FOLDER, StoredRows, known_features
+from torch.nn.functional import normalize
+
+from sae_steer.records import provenance, read_json, write_json
+from sae_steer.settings import SAESettings
+
+HERE = Path(__file__).parent
+PIECES = FOLDER / "pieces"
+D_SAE, K, BATCH = 4096, 40, 4096
+RATES = (3e-4, 1e-3, 3e-3)
+BUDGETS = (61_440, 122_880, 245_760, 491_520)
+"""Rows of ours' shorter runs, for the time to the same FVE."""
+
+
+def run(trainer: str, data: str, lr: float | None, *, rows: int | None, autocast: bool) -> dict:
+    """Train one dictionary and measure it on held-out rows."""
+    source, held_out = StoredRows.open(f"{data}-train"), StoredRows.open(f"{data}-held-out")
+    rows = rows or source.n_rows
+    shape = {"d_in": source.d_in, "d_sae": D_SAE, "k": K, "batch_size": BATCH}
+    settings = SAESettings(d_sae=D_SAE, k=K, rows=rows, **({"lr": lr} if lr else {}))
+    if trainer == "ours":
+        made, size = ours(source, settings), settings.batch_size
+    else:
+        size = BATCH
+        made = {
+            "saelens": lambda: saelens(**shape, rows=rows, lr=lr, autocast=autocast, first=source.batches(BATCH)),
+            "dictionary_learning": lambda: dictionary_learning_trainer(**shape, rows=rows, lr=lr),
+            "sparsify": lambda: sparsify(**shape, lr=lr),
+        }[trainer]()
+    start = time.process_time()
+    for step in range(rows // size):
+        made.step(source.batch(step, size, 0))
+        if step % 20 == 0:
+            print(trainer, data, lr, step * size, "rows", flush=True)
+    spent = time.process_time() - start
+    encode, decode, directions = made.finish()
+    found = figures(encode, decode, held_out.batches(BATCH), D_SAE)
+    if data == "synthetic":
+        found["mean_max_cosine"] = mean_max_cosine(directions())
+    return {"trainer": trainer, "data": data, "lr": lr, "trained_rows": rows, "batch_size": size,
+            "autocast": autocast, "cpu_seconds": spent, "settings": dataclasses.asdict(settings)
+            if trainer == "ours" else None, **found}  # fmt: skip
+
+
+def mean_max_cosine(directions: torch.Tensor) -> float:
+    """Over the known features, the mean of the best cosine any dictionary row has with one."""
+    return float((known_features() @ normalize(directions.float(), dim=1).T).max(1).values.mean())
+
+
+def piece(trainer: str, data: str, lr: float | None, rows: int | None, autocast: bool) -> Path:
+    """Where a run's figures are kept."""
+    parts = [trainer, data, lr and f"{lr:g}", rows, autocast and "autocast"]
+    return PIECES / f"quality-{'-'.join(str(part) for part in parts if part)}.json"
+
+
+def join() -> dict:
+    """All runs, and what the issue asks of them."""
+    runs = [read_json(path) for path in sorted(PIECES.glob("quality-*.json"))]
+    record = {
+        "provenance": provenance(settings={"d_sae": D_SAE, "k": K, "rates": RATES}, inputs={}),
+        "versions": versions(),
+        "runs": runs,
+    }
+    for data in ("real", "synthetic"):
+        here = [one for one in runs if one["data"] == data]
+        theirs = [one for one in here if one["trainer"] == "saelens"]
+        whole = [
+            one
+            for one in here
+            if one["trainer"] == "ours" and one["trained_rows"] == max(o["trained_rows"] for o in here)
+        ]
+        if not theirs or not whole:
+            continue
+        best, own = max(theirs, key=lambda one: one["fve"]), whole[0]
+        reached = [one["trained_rows"] for one in here if one["trainer"] == "ours" and one["fve"] >= best["fve"]]
+        record[data] = {
+            "fve": own["fve"],
+            "fve_saelens_best": best["fve"],
+            "saelens_best_lr": best["lr"],
+            "fve_difference": own["fve"] - best["fve"],
+            "dead": own["dead"],
+            "dead_saelens": best["dead"],
+            "rows_to_saelens_fve": min(reached) if reached else None,
+            "rows_of_saelens": best["trained_rows"],
+        }
+        if data == "synthetic":
+            record[data] |= {
+                "mean_max_cosine": own["mean_max_cosine"],
+                "mean_max_cosine_saelens": max(one["mean_max_cosine"] for one in theirs),
+            }
+    return record
+
+
+def main() -> None:
+    """Make one piece, or join them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("trainer", nargs="?", choices=("ours", "saelens", "dictionary_learning", "sparsify"))
+    parser.add_argument("data", nargs="?", choices=("real", "synthetic"))
+    parser.add_argument("lr", nargs="?", type=float)
+    parser.add_argument("--rows", type=int, help="a shorter run")
+    parser.add_argument("--autocast", action="store_true")
+    asked = parser.parse_args()
+    if asked.trainer is None:
+        print(write_json(HERE / "sae_quality.json", join()))
+        return
+    path = piece(asked.trainer, asked.data, asked.lr, asked.rows, asked.autocast)
+    if not path.is_file():
+        write_json(path, run(asked.trainer, asked.data, asked.lr, rows=asked.rows, autocast=asked.autocast))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Any dictionary SAELens can read, as one of ours: loaded by sae_lens itself, seen as a `SparseDictionary`.
+
+1. Folders: SAELens's of any version (cfg.json, sae_weights.safetensors), Gemma Scope's (params.npz), and
+   released ids (`SAE.from_pretrained`).
+2. A code times the feature's direction is what the feature adds to the row, whatever the dictionary does inside:
+   where codes are scaled by decoder norms the direction has norm one, and where each row is normalised
+   (`layer_norm`, `constant_norm_rescale`) the codes carry the row's own scale.
+3. Refused, because rows of one residual stream are not what they read or write: transcoders, dictionaries of
+   attention heads (`hook_z`), and temporal ones, whose codes depend on the text before.
+
+The only module besides `saelens_training` that imports sae_lens, and it does so when called: that takes seconds.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from sae_steer.errors import InputError
+from sae_steer.sae.architectures import SLAB, SAEConfig
+from sae_steer.sae.codes import SparseCodes
+
+GEMMA_SCOPE_FILE = "params.npz"
+SCALER_FILE = "activation_scaler.json"
+
+_UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, SafetensorError)
+"""What sae_lens raises for files it cannot read, depending on what is wrong with them."""
+_ROW_NORMS = ("layer_norm", "constant_norm_rescale")
+
+
+def sae_lens() -> ModuleType:
+    """The package, imported on first need without its dependencies' deprecation warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import sae_lens
+
+    return sae_lens
+
+
+class SAELensDictionary(nn.Module):
+    """A sae_lens dictionary of any inference architecture that reads and writes rows of one stream."""
+
+    def __init__(self, inner: nn.Module, name: str) -> None:
+        super().__init__()
+        facts = inner.cfg
+        _check_usable(facts, name)
+        self.inner, self.name = inner.requires_grad_(False), name
+        self.config = SAEConfig(
+            d_in=facts.d_in, d_sae=facts.d_sae, dtype=facts.dtype.removeprefix("torch."),
+            architecture=f"saelens:{facts.architecture()}",
+        )  # fmt: skip
+
+    @property
+    def hook(self) -> str | None:
+        """The site its metadata names, such as `blocks.2.hook_resid_post`."""
+        return self.inner.cfg.metadata.hook_name
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "row d_in"]) -> SparseCodes:
+        """f of each row; codes below zero (`abstopk`) are kept."""
+        if x.shape[1] != self.config.d_in:
+            raise InputError(
+                f"these rows have {x.shape[1]} dimensions and the dictionary reads {self.config.d_in}; "
+                "use the dictionary trained on this model and layer"
+            )
+        return SparseCodes.joined([self._encode_slab(slab) for slab in x.split(SLAB)])
+
+    def _encode_slab(self, x: Float[Tensor, "row d_in"]) -> SparseCodes:
+        f = self.inner.encode(x).to(x)
+        if self.inner.cfg.normalize_activations in _ROW_NORMS:
+            zero, unit = torch.zeros_like(x), torch.ones_like(x)
+            f = f * (self._undo_norm(x, unit) - self._undo_norm(x, zero))[:, :1]
+        return SparseCodes.where(f != 0, f)
+
+    def _undo_norm(self, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
+        """What `y`, in the units of the normalised rows x, is in the stream: an affine map of its own for each row."""
+        self.inner.run_time_activation_norm_fn_in(x)  # sae_lens keeps the row's scale between the two calls
+        return self.inner.run_time_activation_norm_fn_out(y)
+
+    @torch.no_grad()
+    def decode(self, codes: SparseCodes) -> Float[Tensor, "row d_in"]:
+        """x_hat of codes."""
+        if self.inner.cfg.normalize_activations in _ROW_NORMS:
+            raise InputError(
+                f"{self.name} normalises each row ({self.inner.cfg.normalize_activations}), so codes alone do not "
+                "give the row back; call the dictionary on the rows"
+            )
+        nothing = torch.zeros(1, self.config.d_sae, dtype=self.inner.dtype, device=self.inner.device)
+        return codes.weighted_sum(self.directions.to(codes.values)) + self.inner.decode(nothing).to(codes.values)
+
+    @torch.no_grad()
+    def forward(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
+        """x_hat of rows, by sae_lens."""
+        return torch.cat([self.inner(slab).to(x) for slab in x.split(SLAB)])
+
+    def activation_of(self, x: Float[Tensor, "row d_in"], feature: int) -> Float[Tensor, " row"]:
+        """One feature's value in each row: zero where it does not fire."""
+        self._check(feature)
+        return self.encode(x).of_feature(feature)
+
+    def direction(self, feature: int) -> Float[Tensor, " d_in"]:
+        """What one unit of the feature adds to a row."""
+        self._check(feature)
+        return self.directions[feature].detach()
+
+    @property
+    def directions(self) -> Float[Tensor, "d_sae d_in"]:
+        """What one unit of each feature adds to a row."""
+        W_dec = self.inner.W_dec.detach()
+        rescaled = getattr(self.inner.cfg, "rescale_acts_by_decoder_norm", False)
+        return W_dec / W_dec.norm(dim=-1, keepdim=True) if rescaled else W_dec
+
+    def _check(self, feature: int) -> None:
+        if not 0 <= feature < self.config.d_sae:
+            raise InputError(
+                f"feature {feature} is not in this dictionary; it has features 0 to {self.config.d_sae - 1}"
+            )
+
+
+def load_saelens(folder: Path, *, device: str = "cpu") -> SAELensDictionary:
+    """The dictionary in a folder of SAELens (any version) or Gemma Scope; nothing is unpickled."""
+    folder = Path(folder)
+    package = sae_lens()
+    converter = {}
+    if (folder / GEMMA_SCOPE_FILE).is_file():
+        converter = {"converter": _read_gemma_scope}
+    with _told(folder):
+        inner = package.SAE.load_from_disk(folder, device=device, **converter)
+        if (folder / SCALER_FILE).is_file():
+            _fold_scaler(inner, folder)
+    return SAELensDictionary(inner, str(folder))
+
+
+def pretrained_saelens(release: str, sae_id: str, *, device: str = "cpu") -> SAELensDictionary:
+    """The released dictionary of `SAE.from_pretrained(release, sae_id)`, fetched from the hub or its local copy."""
+    with _told(f"{release}/{sae_id}"):
+        return SAELensDictionary(sae_lens().SAE.from_pretrained(release, sae_id, device=device), f"{release}/{sae_id}")
+
+
+@contextmanager
+def _told(what: Path | str) -> Iterator[None]:
+    """Turns what sae_lens raises into one line about `what`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except _UNREADABLE as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise InputError(
+                f"{what} cannot be read as a SAELens dictionary ({type(error).__name__}: {reason}); "
+                "it needs cfg.json and sae_weights.safetensors, or params.npz: save it again"
+            ) from error
+
+
+def _check_usable(facts, name: str) -> None:
+    kind = facts.architecture()
+    reason = None
+    if "transcoder" in kind:
+        reason = "reads one site and writes another"
+    elif kind == "temporal":
+        reason = "reads whole texts, not rows"
+    elif facts.reshape_activations != "none":
+        reason = f"reads attention heads ({facts.reshape_activations})"
+    elif facts.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
+        reason = f"was trained on rows changed by {facts.normalize_activations}, and does not hold that change"
+    if reason:
+        raise InputError(
+            f"{name} is of architecture '{kind}' and {reason}; give a dictionary of the residual stream's raw rows"
+        )
+
+
+def _fold_scaler(inner: nn.Module, folder: Path) -> None:
+    """Fold the scale a SAELens training checkpoint keeps beside its weights, which its own loader leaves out."""
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    scaler = ActivationScaler()
+    scaler.load(folder / SCALER_FILE)
+    if scaler.scaling_factor is not None and inner.cfg.normalize_activations == "expected_average_only_in":
+        inner.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+
+
+def _read_gemma_scope(
+    path: str | Path, device: str = "cpu", cfg_overrides: dict | None = None
+) -> tuple[dict, dict[str, Tensor]]:
+    """Config and weights of Gemma Scope's params.npz (2408.05147), as SAELens' loader of that release makes them."""
+    with np.load(Path(path) / GEMMA_SCOPE_FILE, allow_pickle=False) as arrays:
+        weights = {
+            (f"W_{key[2:]}" if key.startswith("w_") else key): torch.tensor(arrays[key]).float().to(device)
+            for key in arrays
+        }
+    d_in, d_sae = weights["W_enc"].shape
+    facts = {
+        "architecture": "jumprelu", "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": device,
+        "apply_b_dec_to_input": False, "normalize_activations": "none",
+    }  # fmt: skip
+    return facts | (cfg_overrides or {}), weights
