@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,6 +117,14 @@ class SAELensDictionary(nn.Module):
         W_dec = self.inner.W_dec.detach()
         rescaled = getattr(self.inner.cfg, "rescale_acts_by_decoder_norm", False)
         return W_dec / W_dec.norm(dim=-1, keepdim=True) if rescaled else W_dec
+
+    def facts(self) -> dict[str, Any]:
+        """Its cfg.json, as SAELens writes it."""
+        return self.inner.cfg.to_dict() | {"device": "cpu"}
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        """Its weights under SAELens's own names."""
+        return self.inner.state_dict()
 
     def _check(self, feature: int) -> None:
         if not 0 <= feature < self.config.d_sae:
