@@ -54,7 +54,7 @@ def saelens(*, d_in: int, d_sae: int, k: int, rows: int, batch_size: int, lr: fl
         d_in=d_in, d_sae=d_sae, k=k, normalize_activations="expected_average_only_in", device="cpu"
     )
     settings = SAETrainerConfig(
-        total_training_samples=rows, train_batch_size_samples=batch_size, lr=lr, autocast=autocast,
+        total_training_samples=rows, train_batch_size_samples=batch_size, lr=lr, lr_end=lr / 10, autocast=autocast,
         lr_warm_up_steps=steps // 20, lr_decay_steps=steps // 5, dead_feature_window=DEAD_ROWS // batch_size,
         logger=LoggingConfig(log_to_wandb=False), n_batches_for_norm_estimate=NORM_BATCHES,
     )  # fmt: skip

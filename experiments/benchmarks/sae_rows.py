@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from sae_steer.corpus import SPECIALS, VARIANTS, PlanTokenizer, write_plans
 from sae_steer.model.batching import bucket, pad
 from sae_steer.model.decoder import Decoder
-from sae_steer.model.loading import fingerprint, load_decoder, save_decoder
+from sae_steer.model.loading import load_decoder, save_decoder
 from sae_steer.model.training import TrainingState, train
 from sae_steer.runtime import World, generator, replacing, sha256
 from sae_steer.settings import PRESETS, PairTrainingSettings
@@ -184,7 +184,6 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     words = tokenizer()
     model = trained_model(words, arguments.tokens).eval()
-    print("model", fingerprint(model), flush=True)
     for name, split, count in (("train", "train", TRAIN_ROWS), ("held-out", "scan", HELD_OUT_ROWS)):
         if not (FOLDER / f"real-{name}.npy").is_file():
             _store(f"real-{name}", real(model, words, split, count))

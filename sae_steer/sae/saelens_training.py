@@ -103,7 +103,8 @@ def _trainer(rows: RowSource, settings: SAESettings, architecture: str, options:
         sae = get_sae_training_class(architecture)[0](config)
     trainer = SAETrainer(
         cfg=SAETrainerConfig(
-            total_training_samples=settings.rows, train_batch_size_samples=settings.batch_size, lr=settings.lr,
+            total_training_samples=settings.rows, train_batch_size_samples=settings.batch_size,
+            lr=settings.lr, lr_end=settings.lr / 10,
             lr_warm_up_steps=round(steps * settings.warmup), lr_decay_steps=round(steps * settings.decay),
             device=str(world.device), autocast=world.autocast is not None,
             dead_feature_window=max(1, settings.dead_after_rows // settings.batch_size),
