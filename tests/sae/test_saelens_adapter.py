@@ -101,7 +101,8 @@ def test_an_old_config_is_read_as_saelens_reads_it(tmp_path: Path) -> None:
     inner = theirs("standard")
     inner.save_model(tmp_path)
     old = {
-        "d_in": D_IN, "d_sae": D_SAE, "dtype": "torch.float32", "device": "cpu", "hook_point": "blocks.3.hook_resid_pre",
+        "d_in": D_IN, "d_sae": D_SAE, "dtype": "torch.float32", "device": "cpu",
+        "hook_point": "blocks.3.hook_resid_pre",
         "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 7}, "normalize_activations": False,
     }  # fmt: skip
     (tmp_path / "cfg.json").write_text(json.dumps(old))
