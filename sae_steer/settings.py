@@ -11,6 +11,19 @@ DEFAULT_LAYER = 2
 """The released study's layer: the stream after block 2."""
 
 
+@dataclass(frozen=True)
+class RopeScaling:
+    """How Llama 3.1 and later stretch rotary positions: slow rotations by `factor`, fast ones not at all."""
+
+    factor: float
+    low: float
+    """Rotations that turn fewer times than this over the original context are slowed by `factor`."""
+    high: float
+    """Rotations that turn more often are left alone; those between are blended."""
+    n_ctx: float
+    """The original context."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderSettings:
     """The shape of a decoder: a Llama (RMSNorm, RoPE half-half, SwiGLU, no biases)."""
@@ -25,6 +38,7 @@ class DecoderSettings:
     n_ctx: int = 512
     eps: float = 1e-6
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     tied: bool = True
     """Whether the unembedding is the embedding table."""
 

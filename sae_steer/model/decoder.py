@@ -108,8 +108,7 @@ class Rope:
     @classmethod
     def at(cls, positions: Int[Tensor, "*batch query"], shape: DecoderSettings) -> "Rope":
         """The rotation of tokens at `positions`, in float32."""
-        exponents = torch.arange(0, shape.d_head, 2, device=positions.device) / shape.d_head
-        angles = positions[..., None].float() * shape.rope_base**-exponents
+        angles = positions[..., None].float() * frequencies(shape).to(positions.device)
         angles = angles if positions.ndim == 1 else angles[:, None]  # room for the head axis
         return cls(angles.cos(), angles.sin())
 
@@ -118,6 +117,16 @@ class Rope:
         first, second = x.float().chunk(2, dim=-1)
         turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
         return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+def frequencies(shape: DecoderSettings) -> Float[Tensor, " half"]:
+    """Radians a position of every pair of a head, scaled as Llama 3.1 does where the shape says so."""
+    plain = shape.rope_base ** -(torch.arange(0, shape.d_head, 2) / shape.d_head)
+    if (scaling := shape.rope_scaling) is None:
+        return plain
+    turns = scaling.n_ctx * plain / (2 * torch.pi)
+    kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return kept * plain + (1 - kept) * plain / scaling.factor
 
 
 class Decoder(nn.Module):
@@ -149,7 +158,8 @@ class Decoder(nn.Module):
     @property
     def described(self) -> str:
         """All that fixes the function besides the weights."""
-        return repr(self.shape)
+        # a field added later appears only where it is used, so that the hashes of older models stay
+        return repr(self.shape).replace(", rope_scaling=None", "")
 
     def check_layer(self, layer: int, name: str = "the model") -> None:
         """Raise `InputError` unless there is a block `layer`."""

@@ -1,13 +1,16 @@
-"""Where a model of a pair comes from: a folder beside the pair file, `hub:ORG/NAME`, or `tl:NAME`."""
+"""Where a model of a pair comes from: a folder or file beside the pair file, `hub:ORG/NAME`, or `tl:NAME`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sae_steer.errors import InputError
+from sae_steer.model.hub import HUB, hub_folder
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.lens import load_lens, tokenizer_json
-from sae_steer.model.loading import load_decoder
+from sae_steer.model.loading import read_decoder
 
 LENS = "tl:"
+NO_TOKENIZERS = ("tokenizer_config.json",)
 
 
 @dataclass(frozen=True)
@@ -18,15 +21,36 @@ class LoadedModel:
     tokenizer: tuple[str, str] | None = None
     """The content of its tokenizer.json, and what to call it in an error."""
     source: dict = field(default_factory=dict)
+    """What it was called, and how the names in its file were read."""
+    notes: list[str] = field(default_factory=list)
+    """The same, for people."""
 
 
-def load_model(named: str, *, beside: Path) -> LoadedModel:
-    """The model that a pair file in `beside` calls `named`."""
+def load_model(named: str, *, beside: Path, qkv: str | None = None, gate_up: str | None = None) -> LoadedModel:
+    """The model that a pair file in the folder `beside` calls `named`.
+
+    Args:
+        qkv, gate_up: the orders of fused projections, for `read_decoder`.
+    """
     if named.startswith(LENS):
         model = load_lens(named.removeprefix(LENS))
         content = tokenizer_json(model)
         return LoadedModel(model, content and (content, f"the tokenizer of {named}"), {"from": named})
-    folder = beside / named
+    path = hub_folder(named.removeprefix(HUB)) if named.startswith(HUB) else beside / named
+    read = read_decoder(path, qkv=qkv, gate_up=gate_up)
+    return LoadedModel(read.model, _tokenizer(path), {"from": named, **read.record}, read.lines())
+
+
+def _tokenizer(path: Path) -> tuple[str, str] | None:
+    """`tokenizer.json`, or the one other file that calls itself a tokenizer."""
+    folder = path.parent if path.is_file() else path
     own = folder / "tokenizer.json"
-    tokenizer = (own.read_text(encoding="utf-8"), str(own)) if own.is_file() else None
-    return LoadedModel(load_decoder(folder), tokenizer, {"from": named})
+    others = [found for found in sorted(folder.glob("*tokenizer*.json")) if found.name not in NO_TOKENIZERS]
+    if not own.is_file():
+        if len(others) != 1:
+            return None
+        own = others[0]
+    try:
+        return own.read_text(encoding="utf-8"), str(own)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the tokenizer {own} ({error}); copy it again") from error

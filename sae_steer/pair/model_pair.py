@@ -6,7 +6,7 @@
     context = 512                                       # tokens a text may have
     [reference]
     name = "standard"
-    model = "standard"                                  # a folder, hub:ORG/NAME, or tl:NAME
+    model = "standard"                                  # a folder or .pt file, hub:ORG/NAME, or tl:NAME
     [target]
     name = "adhd"
     model = "adhd"
@@ -17,6 +17,8 @@
 """
 
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
@@ -30,6 +32,11 @@ from sae_steer.pair.pair_file import FILE, PairFile, write_pair_toml
 from sae_steer.runtime import sha256
 
 __all__ = ["ModelPair", "NamedModel", "load_pair", "write_pair_toml"]
+
+
+def to_stderr(line: str) -> None:
+    """What people should see, where a caller does not say otherwise."""
+    print(line, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -109,10 +116,14 @@ class ModelPair:
             model.decoder.check_layer(layer, f"model '{model.name}'")
 
 
-def load_pair(pair: str | Path) -> ModelPair:
-    """The packaged pair of that name, or the pair of a folder with a `pair.toml`."""
+def load_pair(pair: str | Path, *, tell: Callable[[str], None] = to_stderr) -> ModelPair:
+    """The packaged pair of that name, or the pair of a folder with a `pair.toml`.
+
+    Args:
+        tell: takes the map of a model's tensor names, line by line, where the names had to be matched.
+    """
     facts = PairFile.read(_find(pair) / FILE)
-    reference, target = (_read_model(facts, side) for side in ("reference", "target"))
+    reference, target = (_read_model(facts, side, tell) for side in ("reference", "target"))
     return ModelPair(
         name=facts.folder.name,
         reference=reference,
@@ -126,9 +137,12 @@ def load_pair(pair: str | Path) -> ModelPair:
     )
 
 
-def _read_model(facts: PairFile, side: str) -> NamedModel:
-    name = facts.value(f"{side}.name", str)
-    loaded = load_model(facts.value(f"{side}.model", str), beside=facts.folder)
+def _read_model(facts: PairFile, side: str, tell: Callable[[str], None]) -> NamedModel:
+    name, named = facts.value(f"{side}.name", str), facts.value(f"{side}.model", str)
+    orders = {key: facts.value(f"{side}.fused_{key}", str, "") or None for key in ("qkv", "gate_up")}
+    loaded = load_model(named, beside=facts.folder, **orders)
+    for line in loaded.notes:
+        tell(line)
     tokenizer = None if loaded.tokenizer is None else PlanTokenizer.read(*loaded.tokenizer)
     return NamedModel(name, loaded.model, tokenizer, loaded.source)
 

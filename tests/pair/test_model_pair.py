@@ -106,7 +106,7 @@ def test_a_fault_in_pair_toml_is_named(folder, change, told):
 def test_what_is_no_toml_and_what_is_no_pair_is_refused(folder, tmp_path):
     (folder / "pair.toml").write_text("tokenizer = ")
     assert "is not a TOML file" in refusal(folder)
-    assert "a packaged pair (small" in refusal(tmp_path / "nowhere")
+    assert "a packaged pair (interpgpt, small" in refusal(tmp_path / "nowhere")
     assert "give a folder with a pair.toml" in refusal("no-such-pair")
 
 
