@@ -2,13 +2,15 @@
 
 1. SAELens's training dictionary and SAETrainer, with its own losses, coefficients and schedules; its rows are our
    batches, each a pure function of the step.
-2. Rows are scaled as SAELens advises (`expected_average_only_in`) and the scale is folded into the weights.
+2. Rows are scaled as SAELens advises (`expected_average_only_in`) and the scale is folded into the weights;
+   b_dec starts at the rows' mean.
 3. A checkpoint is one safetensors file of everything a step reads; the same run goes on from it bit for bit.
 4. What comes back is the inference dictionary SAELens would save (`batchtopk` becomes `jumprelu`).
 """
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,8 @@ def _trainer(rows: RowSource, settings: SAESettings, architecture: str, options:
     trainer.activation_scaler.estimate_scaling_factor(
         d_in=rows.d_in, data_provider=first, n_batches_for_norm_estimate=SCALE_BATCHES
     )
+    # sae_lens starts b_dec at zero, and rows far off centre then cost thousands of steps to find their mean
+    sae.b_dec.data.copy_(rows.mean * trainer.activation_scaler.scaling_factor)
     return trainer
 
 
@@ -133,8 +137,12 @@ def _config(d_in: int, settings: SAESettings, architecture: str, options: dict, 
         raise InputError(f"SAELens's {architecture} has no option {unknown[0]!r}; it has {', '.join(sorted(fields))}")
     own = {"d_in": d_in, "d_sae": settings.d_sae, "device": str(world.device)}
     own |= {"normalize_activations": "expected_average_only_in"} | ({"k": settings.k} if "k" in fields else {})
+    if "matryoshka_widths" in fields:  # sae_lens has none of its own
+        own["matryoshka_widths"] = [settings.d_sae // 4, settings.d_sae // 2, settings.d_sae]
     try:
-        return kind(**own | options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it sets for itself and says so
+            return kind(**own | options)
     except (TypeError, ValueError) as error:
         raise InputError(f"SAELens's {architecture} refuses its options {options}: {error}") from error
 
@@ -205,6 +213,7 @@ def _inference(trainer, architecture: str) -> SAELensDictionary:
     trainer.set_final_sae_metadata()
     weights = {name: weight.clone() for name, weight in sae.state_dict().items()}
     sae.process_state_dict_for_saving_inference(weights)
-    made = sae_lens().SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
+    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are replaced
+        made = sae_lens().SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
     made.load_state_dict(weights)
     return SAELensDictionary(made.to("cpu"), f"{PREFIX}{architecture}")
