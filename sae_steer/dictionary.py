@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sae_steer.cache import ActivationCache, ActivationRows, site
 from sae_steer.errors import InputError
+from sae_steer.pair.model_pair import NamedModel
 from sae_steer.records import already_done, provenance, write_json
 from sae_steer.runtime import World, sha256, sweep
 from sae_steer.sae.architectures import SparseDictionary
@@ -102,18 +103,36 @@ def _figures(sae: SparseDictionary, seen: ActivationRows, held_out: ActivationRo
     }
 
 
-def load_dictionary(folder: Path) -> Dictionary:
-    """The dictionary in a folder `train_sae` wrote, its weights in float32."""
+def load_dictionary(folder: Path, *, model: NamedModel | None = None, layer: int | None = None) -> Dictionary:
+    """The dictionary in a folder `train_sae` wrote, or in any SAELens folder.
+
+    One made elsewhere does not say whose stream it reads: `model` and `layer` do, for those that do not say.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"no dictionary in {folder}; run `sae-steer train-sae` first, or name one with --sae")
-    sae = load_sae(folder).requires_grad_(False)
-    known = read_metadata(folder)
-    if not {"model", "layer", "model_sha256"} <= known.keys():
+    sae, known = load_sae(folder).requires_grad_(False), read_metadata(folder)
+    if {"model", "layer", "model_sha256"} <= known.keys():
+        return Dictionary(sae, known["model"], known["layer"], known, sha256(folder / WEIGHTS_FILE))
+    if model is None or layer is None:
         raise InputError(
-            f"{folder} does not say which model and layer it was trained on; train one with `sae-steer train-sae`"
+            f"{folder} does not say which model and layer it was trained on; tell with --layer and the pair, "
+            "or train one with `sae-steer train-sae`"
         )
-    return Dictionary(sae, known["model"], known["layer"], known, sha256(folder / WEIGHTS_FILE))
+    return adopt_dictionary(sae, model=model, layer=layer)
+
+
+def adopt_dictionary(sae: SparseDictionary, *, model: NamedModel, layer: int) -> Dictionary:
+    """A dictionary made elsewhere, taken as one of `model`'s stream after block `layer`."""
+    hook = getattr(sae, "hook", None)
+    if hook and hook != site(layer):
+        raise InputError(
+            f"this dictionary says it reads {hook}, and {site(layer)} was asked for; name the layer it was trained on"
+        )
+    weights = sorted(sae.state_dict().items())
+    parts = (part for name, weight in weights for part in (name.encode(), weight.float().cpu().numpy().tobytes()))
+    record = {"model": model.name, "layer": layer, "model_sha256": model.sha256, "hook": site(layer), "adopted": True}
+    return Dictionary(sae, model.name, layer, record, sha256(*parts))
 
 
 def check_fits(dictionary: Dictionary, cache: ActivationCache) -> None:

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from sae_steer.cache import ActivationCache
-from sae_steer.dictionary import load_dictionary
 from sae_steer.errors import InputError
 from sae_steer.pair.model_pair import load_pair
 from sae_steer.records import read_json
+from sae_steer.sae.saelens import load_sae, read_metadata
 
 
 def describe(path: Path) -> tuple[str, bool]:
@@ -42,11 +42,15 @@ def _cache(path: Path) -> tuple[str, bool]:
 
 
 def _dictionary(path: Path) -> tuple[str, bool]:
-    found = load_dictionary(path)
-    config, record = found.sae.config, found.record
+    config, record = load_sae(path).config, read_metadata(path)
+    shape = f"{config.architecture} dictionary, {config.d_in} -> {config.d_sae}"
+    if k := getattr(config, "k", None):
+        shape += f", k {k}"
+    if "final_fve" not in record:
+        return f"{shape}, made elsewhere", True
     return (
-        f"{config.architecture} dictionary {found.name}: {config.d_in} -> {config.d_sae}, k {config.k}, "
-        f"held-out FVE {record['final_fve']:.4f}, L0 {record['final_l0']:.1f}, dead {record['dead_pct_heldout']:.2f} %"
+        f"{shape}, of {record['model']} {record['hook']}, held-out FVE {record['final_fve']:.4f}, "
+        f"L0 {record['final_l0']:.1f}, dead {record['dead_pct_heldout']:.2f} %"
     ), True
 
 

@@ -5,16 +5,22 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tiny_pair import SHAPE, lively, write_pair
 
 from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import check_fits, default_folder, load_dictionary, train_sae
 from sae_steer.errors import InputError, StaleError
+from sae_steer.interventions.edits import ZeroAblate
 from sae_steer.model.decoder import Decoder
 from sae_steer.pair.model_pair import NamedModel, load_pair
 from sae_steer.pair.texts import GeneratedTexts
+from sae_steer.runtime import generator
 from sae_steer.sae.log import Quiet, StepFacts
+from sae_steer.sae.saelens_adapter import sae_lens
+from sae_steer.scan import scan_features
 from sae_steer.settings import CacheSettings, CorpusSettings, SAESettings
 
 SETTINGS = SAESettings(d_sae=64, k=4, rows=60 * 64, batch_size=64, dead_after_rows=500, aux_k=8, checkpoint_every=10)
@@ -165,3 +171,43 @@ def test_the_default_folder_names_what_differs_from_the_default_settings():
     assert default_folder("standard", 0, SAESettings(k=20, d_sae=8192, seed=1)) == (
         "standard_L0_hook_resid_post_k20_d8192_s1"
     )
+
+
+def test_a_saelens_dictionary_made_elsewhere_is_scanned_and_edits_as_ours_do(small, tiny, tmp_path):
+    folder = gated(SHAPE.d_model, tmp_path / "gated")
+    dictionary = load_dictionary(folder, model=tiny.target, layer=2)
+    check_fits(dictionary, small)
+    inner, rows = dictionary.sae.inner, small.rows("adhd", 2, "scan")
+    codes = torch.cat([inner.encode(batch) for batch in rows.in_order()])
+    onset, text = (small.labels("scan")[name] for name in ("is_onset", "text_variant"))
+    here = (onset == 1) & (text == small.variants.index("adhd"))
+    rate = (codes[torch.from_numpy(here)] > 0).double().mean(0)
+    assert rate.max() > 0.1
+    assert np.allclose(scan_features(small, dictionary).target_rate, rate.numpy())
+    x, feature = next(iter(rows.in_order())), int(rate.argmax())
+    silent = inner.encode(x)
+    silent[:, feature] = 0
+    expected = x - (inner(x) - inner.decode(silent))
+    torch.testing.assert_close(ZeroAblate(dictionary.sae, feature)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_dictionary_made_elsewhere_is_refused_at_a_layer_it_does_not_read(tiny, tmp_path):
+    folder = gated(SHAPE.d_model, tmp_path / "gated")
+    with pytest.raises(InputError, match="does not say which model and layer"):
+        load_dictionary(folder)
+    with pytest.raises(InputError, match=r"reads blocks\.2\.hook_resid_post, and blocks\.1\.hook_resid_post was asked"):
+        load_dictionary(folder, model=tiny.target, layer=1)
+
+
+def gated(d_in: int, folder: Path) -> Path:
+    """A SAELens folder of random weights that names the site it reads."""
+    sae_lens()
+    from sae_lens import GatedSAE, GatedSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    config = GatedSAEConfig(d_in=d_in, d_sae=40, metadata=SAEMetadata(hook_name="blocks.2.hook_resid_post"))
+    made = GatedSAE(config)
+    for number, weight in enumerate(made.parameters()):
+        weight.data.normal_(generator=generator(6, number)).mul_(0.3)
+    made.save_model(folder)
+    return folder

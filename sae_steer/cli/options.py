@@ -31,7 +31,7 @@ sae_option = click.option(
     "--sae",
     "sae_folder",
     type=click.Path(path_type=Path),
-    help="The dictionary's folder.  [default: the target model's]",
+    help="The dictionary's folder, ours or any of SAELens.  [default: the target model's]",
 )
 layer_option = click.option("--layer", default=DEFAULT_LAYER, help="The block after which the stream is read.")
 force_option = click.option("--force", is_flag=True, help="Replace what was made with other settings.")
@@ -59,4 +59,5 @@ def open_dictionary(pair: str, cache_folder: Path | None, sae_folder: Path | Non
 
     loaded, places = open_pair(pair, cache_folder, None)
     folder = sae_folder or places.dictionary(loaded.target.name, layer)
-    return loaded, places, ActivationCache.open(places.cache), load_dictionary(folder)
+    dictionary = load_dictionary(folder, model=loaded.target, layer=layer)
+    return loaded, places, ActivationCache.open(places.cache), dictionary
