@@ -7,9 +7,11 @@ so the part of the stream the dictionary does not explain stays as it was.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_steer.interventions.transport import Carry
+from sae_steer.model.decoder import Decoder
 from sae_steer.model.replay import Edit
 from sae_steer.sae.architectures import SparseDictionary
 
@@ -65,7 +67,41 @@ class Control:
         return resid + (self.edit(resid) - resid).norm(dim=-1, keepdim=True) * self.direction
 
 
-def isotropic(count: int, d_model: int, generator: torch.Generator) -> Float[Tensor, "count d_model"]:
-    """Directions of length one, uniform on the sphere."""
-    drawn = torch.randn(count, d_model, generator=generator)
-    return drawn / drawn.norm(dim=-1, keepdim=True)
+@dataclass(frozen=True)
+class Fan:
+    """Many controls of one edit at once: copy i of a row is moved `scales[i]` times as far as `edit` would."""
+
+    edit: Edit
+    directions: Float[Tensor, "direction d_model"]
+    """Of length one."""
+    scales: Float[Tensor, " direction"]
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    def lengths(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
+        """How far `edit` moves each row."""
+        return (self.edit(resid) - resid).norm(dim=-1)
+
+    def __call__(
+        self, resid: Float[Tensor, " d_model"], length: Float[Tensor, ""]
+    ) -> Float[Tensor, "direction d_model"]:
+        """The copies of one row."""
+        return resid + (length * self.scales)[:, None] * self.directions
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The stream of another model at the same tokens, carried into this one's: the largest edit that means anything."""
+
+    donor: Decoder
+    layer: int
+    """Of the donor."""
+    carry: Carry
+    """The donor's stream -> this model's."""
+
+    def stream(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """What replaces the stream, at every position."""
+        tokens = tokens.to(self.donor.device)
+        with torch.no_grad():
+            return self.carry(self.donor.resid_posts(tokens, (self.layer,))[self.layer])

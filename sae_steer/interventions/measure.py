@@ -1,6 +1,10 @@
-"""The measure: a model's total next-token probability of the target tokens at step onsets, exactly, under edits."""
+"""The measure at step onsets, exactly, under edits of the stream below; and how far each edit moved it.
 
-from collections.abc import Sequence
+A `Request` is a few edits in full detail, made at each onset alone or at many places of a text together.
+A `FanRequest` is hundreds of directions at each onset alone, of which only the measure is kept.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,14 +12,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_steer.errors import NotDeliveredError
+from sae_steer.interventions.edits import Fan, Patch
 from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.decoder import Decoder
-from sae_steer.model.readout import target_mass
-from sae_steer.model.replay import CleanPass, Edit
+from sae_steer.model.readout import TargetMass, divergence, off_target_nats
+from sae_steer.model.replay import CleanPass, Edit, gather
 from sae_steer.pair.texts import Text
 
 TOKENS_PER_BATCH = 4_096
+PLACES = ("onsets", "all", "onward")
+"""Where a joint edit stands: at the onsets read, at every position, or from the first onset on."""
+
+Measure = Callable[[Float[Tensor, "*rows vocab"]], Float[Tensor, "*rows"]]
+"""Next-token logits -> the number studied, one a row."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +32,22 @@ class OnsetBatch:
     """Texts of like length and the positions to edit and read; a row with fewer repeats its own, which are not real."""
 
     tokens: Int[Tensor, "batch pos"]
+    lengths: Int[Tensor, " batch"]
     positions: Int[Tensor, "batch edit"]
     real: Bool[Tensor, "batch edit"]
+
+    def marked(self, places: str) -> Bool[Tensor, "batch pos"]:
+        """Where a joint edit stands, by the name of the places."""
+        at = torch.arange(self.tokens.shape[1])[None]
+        inside = at < self.lengths[:, None]
+        if places == "all":
+            return inside
+        if places == "onward":
+            return inside & (at >= self.positions.min(1).values[:, None])
+        marked = torch.zeros_like(inside)
+        rows, slots = self.real.nonzero(as_tuple=True)
+        marked[rows, self.positions[rows, slots]] = True
+        return marked
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,7 @@ class OnsetRows:
             batches.append(
                 OnsetBatch(
                     tokens=pad([texts[i].token.tolist() for i in members], 0),
+                    lengths=torch.tensor([len(texts[i]) for i in members]),
                     positions=torch.from_numpy(padded.astype(np.int64)),
                     real=torch.arange(width) < counts[:, None],
                 )
@@ -58,71 +82,133 @@ class OnsetRows:
             rows += [(i, int(position)) for i in members for position in chosen[i]]
         return cls(
             tuple(batches),
-            prompt=np.array([texts[i].prompt for i, _ in rows]),
-            task=np.array([texts[i].task for i, _ in rows]),
-            position=np.array([position for _, position in rows]),
+            prompt=np.array([texts[i].prompt for i, _ in rows], dtype=np.int64),
+            task=np.array([texts[i].task for i, _ in rows], dtype=np.int64),
+            position=np.array([position for _, position in rows], dtype=np.int64),
             is_target=np.array([texts[i].next_is_target[position] for i, position in rows], dtype=bool),
         )
 
     def __len__(self) -> int:
         return len(self.task)
 
+    @property
+    def tasks(self) -> int:
+        """Clusters."""
+        return len(np.unique(self.task))
+
 
 @dataclass(frozen=True)
 class Reading:
-    """Target mass at each row under each edit, and how far the edit moved the stream there."""
+    """The measure at each row under each edit, how far the edit moved the stream there, and its side effects."""
 
-    mass: Float[np.ndarray, "row edit"]
+    value: Float[np.ndarray, "row edit"]
     delivered: Float[np.ndarray, "row edit"]
     """Norm of the change of the residual stream."""
+    kl: Float[np.ndarray, "row edit"]
+    """From the first edit's prediction, which is the unedited one by convention, in nats."""
+    off_target: Float[np.ndarray, "row edit"]
+    """Cross-entropy of the following token among those outside the target set; NaN where one of it follows."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Onsets and the edits to read there: each onset edited alone, or, `joint`, all onsets of a text together."""
+    """Onsets and a few edits to read there, the first of them `unedited`.
+
+    Every edit runs in a batch of the same shape, so equal edits give equal bits.
+    """
 
     onsets: OnsetRows
-    edits: Sequence[Edit]
+    edits: Sequence[Edit | Patch]
     joint: bool = False
-    together: int = 1
-    """Edits that share a forward pass. With 1 every edit runs in a batch of the same shape, so equal edits give
-    equal bits; more is several times faster and equal to rounding."""
+    """All places of a text edited together, instead of each onset alone."""
+    places: str = "onsets"
+    """Of a joint edit."""
 
-    def read(self, clean: CleanPass, number: int, columns: Int[Tensor, " target"]) -> tuple[Tensor, Tensor]:
-        """Target mass and delivered norm in batch `number`, [row, edit] each."""
+    def read(self, clean: CleanPass, number: int, measure: Measure) -> tuple[Tensor, ...]:
+        """Measure, delivered norm, KL and off-target cross-entropy in batch `number`, [row, edit] each."""
         batch = self.onsets.batches[number]
-        positions, real = batch.positions.to(columns.device), batch.real.to(columns.device)
-        before, mass, delivered = clean.at(positions), [], []
-        for start in range(0, len(self.edits), self.together):
-            after = torch.stack([edit(before) for edit in self.edits[start : start + self.together]])
-            logits = clean.read_joint(positions, after, real) if self.joint else clean.read_single(positions, after)
-            mass.append(target_mass(logits, columns)[:, real])
-            delivered.append((after - before).norm(dim=-1)[:, real])
-        return torch.cat(mass).T.cpu(), torch.cat(delivered).T.double().cpu()
+        device = clean.resid.device
+        tokens, positions, real = (part.to(device) for part in (batch.tokens, batch.positions, batch.real))
+        following = tokens.gather(1, (positions + 1).clamp(max=tokens.shape[1] - 1))[real]
+        read = self._joint if self.joint else self._single
+        base, columns = None, []
+        for edit in self.edits:
+            logits, moved = read(clean, batch, positions, edit)
+            logits, moved = logits[real], moved[real]
+            base = logits if base is None else base
+            ids = measure.ids if isinstance(measure, TargetMass) else ()
+            columns.append(
+                torch.stack(
+                    [
+                        measure(logits).double(),
+                        moved.double(),
+                        divergence(base, logits),
+                        off_target_nats(logits, ids, following),
+                    ]
+                )
+            )
+        return torch.stack(columns, dim=-1).cpu().unbind(0)
+
+    def _single(
+        self, clean: CleanPass, batch: OnsetBatch, positions: Tensor, edit: Edit | Patch
+    ) -> tuple[Tensor, Tensor]:
+        before = clean.at(positions)
+        after = gather(edit.stream(batch.tokens), positions) if isinstance(edit, Patch) else edit(before)
+        return clean.read_single(positions, after[None])[0], (after - before).norm(dim=-1)
+
+    def _joint(
+        self, clean: CleanPass, batch: OnsetBatch, positions: Tensor, edit: Edit | Patch
+    ) -> tuple[Tensor, Tensor]:
+        at = batch.marked(self.places).to(positions.device)
+        before = clean.resid[at]
+        after = edit.stream(batch.tokens)[at] if isinstance(edit, Patch) else edit(before)
+        moved = torch.zeros(at.shape, device=positions.device)
+        moved[at] = (after - before).norm(dim=-1)
+        return clean.read_joint(at, after[None], positions)[0], moved.gather(1, positions)
 
 
-def read(model: Decoder, layer: int, requests: Sequence[Request], target: Sequence[int]) -> list[Reading]:
-    """What each request asks of the stream after block `layer`: target mass at every onset under every edit.
+@dataclass(frozen=True)
+class FanRequest:
+    """Many directions at each onset alone, as far as an edit goes there."""
+
+    onsets: OnsetRows
+    fan: Fan
+
+    def read(self, clean: CleanPass, number: int, measure: Measure) -> tuple[Tensor]:
+        """The measure in batch `number`, [row, direction]; where the edit moves nothing, nothing is replayed."""
+        batch = self.onsets.batches[number]
+        before = clean.at(batch.positions.to(clean.resid.device))
+        lengths = self.fan.lengths(before)
+        values = []
+        for row, slot in batch.real.nonzero().tolist():
+            here, position = before[row, slot], int(batch.positions[row, slot])
+            if lengths[row, slot] > 0:
+                copies = self.fan(here, lengths[row, slot])
+                values.append(measure(clean.read_many(row, position, copies)))
+            else:
+                values.append(measure(clean.read_many(row, position, here[None])).expand(len(self.fan)))
+        return (torch.stack(values).double().cpu(),)
+
+
+def read(model: Decoder, layer: int, requests: Sequence[Request | FanRequest], measure: Measure) -> list[tuple]:
+    """What each request asks of the stream after block `layer`, at every onset under every edit.
 
     The requests' onsets are of the same texts, so that the unedited pass of a batch runs once for all of them.
+    A `Request` comes back as a `Reading`, a `FanRequest` as its [row, direction] values.
     """
-    columns = torch.tensor(target, device=model.device)
-    parts: list[list[tuple[Tensor, Tensor]]] = [[] for _ in requests]
+    parts: list[list[tuple[Tensor, ...]]] = [[] for _ in requests]
     for number, batch in enumerate(requests[0].onsets.batches):
         assert all(torch.equal(request.onsets.batches[number].tokens, batch.tokens) for request in requests)
         clean = CleanPass.of(model, batch.tokens.to(model.device), layer)
         for request, found in zip(requests, parts, strict=True):
-            found.append(request.read(clean, number, columns))
-    return [Reading(*(torch.cat(column).numpy() for column in zip(*found, strict=True))) for found in parts]
+            found.append(request.read(clean, number, measure))
+    whole = [[torch.cat(column).numpy() for column in zip(*found, strict=True)] for found in parts]
+    return [
+        Reading(*columns) if isinstance(request, Request) else columns[0]
+        for request, columns in zip(requests, whole, strict=True)
+    ]
 
 
 def unedited(resid: Tensor) -> Tensor:
     """The baseline as an edit."""
     return resid
-
-
-def check_delivered(reading: Reading, names: Sequence[str]) -> None:
-    """Raise `NotDeliveredError` for an edit that moved no row at all."""
-    for name, column in zip(names, reading.delivered.T, strict=True):
-        if not column.any():
-            raise NotDeliveredError(f"{name} moved the residual stream at none of {len(column)} onsets")

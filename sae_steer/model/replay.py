@@ -4,8 +4,11 @@ An edit after block L at position t leaves every layer up to L and every positio
 
 1. the clean pass runs once and keeps the stream after L and the keys and values of the blocks above;
 2. an edit of one position costs one token through the blocks above, which reads the stored keys and
-   values of earlier positions and its own new ones (`read_single`), many edits of a text at a time;
+   values of earlier positions and its own new ones: few edits at every position of a batch of texts
+   (`read_single`), or hundreds at one position, on exactly the keys it reads (`read_many`);
 3. edits of many positions together cost the blocks above alone (`read_joint`).
+
+`whole_pass` is what replay must equal: the full model with the edit in it, by hook.
 
 The only module that edits activations.
 """
@@ -28,9 +31,17 @@ Edit = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def edited(model: Decoder, site: str, edit: Edit, *, after: tuple[int, ...] | None = None) -> Iterator[Decoder]:
+def edited(
+    model: Decoder,
+    site: str,
+    edit: Edit,
+    *,
+    after: tuple[int, ...] | None = None,
+    at: Bool[Tensor, "batch pos"] | None = None,
+) -> Iterator[Decoder]:
     """While it lasts, `edit` is applied at `site` (`blocks.2.hook_resid_post`), at the positions of the
-    tokens `after` or at all; gone afterwards, exception or not. An edit that met no position is an error.
+    tokens `after`, at those marked in `at`, or at all; gone afterwards, exception or not. An edit that met no
+    position is an error.
     """
     layer = _layer_of(site, model)
     wanted = None if after is None else torch.tensor(after, device=model.device)
@@ -42,11 +53,11 @@ def edited(model: Decoder, site: str, edit: Edit, *, after: tuple[int, ...] | No
 
     def apply(module, inputs, resid):
         nonlocal met
-        if wanted is None:
+        if wanted is None and at is None:
             met += resid.shape[0] * resid.shape[1]
             return edit(resid)
         assert seen["tokens"].shape == resid.shape[:2], "run the model from its tokens: the edit follows some of them"
-        here = torch.isin(seen["tokens"], wanted)
+        here = torch.isin(seen["tokens"], wanted) if at is None else at
         met += int(here.sum())
         changed = resid.clone()
         changed[here] = edit(resid[here])
@@ -62,6 +73,22 @@ def edited(model: Decoder, site: str, edit: Edit, *, after: tuple[int, ...] | No
         raise NotDeliveredError(
             f"the edit at {site} met no position; run the model inside the `with`, on texts with onsets"
         )
+
+
+@torch.no_grad()
+def whole_pass(
+    model: Decoder, tokens: Int[Tensor, "batch pos"], layer: int, edit: Edit, at: Bool[Tensor, "batch pos"]
+) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos vocab"]]:
+    """The stream that the part above block `layer` receives, and the logits, of a full pass with `edit` at `at`."""
+    received: list[Tensor] = []
+    above = [*model.layers, model.norm][layer + 1]
+    hook = above.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0]))
+    try:
+        with edited(model, f"blocks.{layer}.hook_resid_post", edit, at=at):
+            logits = model(tokens)
+    finally:
+        hook.remove()
+    return received[0], logits
 
 
 @dataclass(frozen=True)
@@ -88,6 +115,28 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class StoredPrefix:
+    """Attention of many replacements of one token: no mask, for all of them read the same stored keys."""
+
+    clean: Storing
+    row: int
+    position: int
+
+    def __call__(self, layer: int, q: Heads, k: KVHeads, v: KVHeads) -> Heads:
+        """What each replacement reads: the keys before the position, and its own in place of the stored one there."""
+        end = self.position + 1
+        keys, values = (stored[layer][self.row, :, :end] for stored in (self.clean.keys, self.clean.values))
+        groups = rearrange(q[0], "(kv group) copy d_head -> kv group copy d_head", kv=len(keys))
+        scores = (groups * q.shape[-1] ** -0.5).flatten(1, 2) @ keys.mT
+        scores = scores.unflatten(1, groups.shape[1:3])
+        scores[..., -1] = (groups * k[0][:, None]).sum(-1) * q.shape[-1] ** -0.5
+        weights = scores.softmax(-1)
+        mixed = (weights.flatten(1, 2) @ values).unflatten(1, groups.shape[1:3])
+        mixed = mixed + weights[..., -1:] * (v[0] - values[:, -1:])[:, None]
+        return rearrange(mixed, "kv group copy d_head -> 1 (kv group) copy d_head")
+
+
+@dataclass(frozen=True)
 class CleanPass:
     """What one batch of texts leaves behind unedited: all that replay after block `layer` reads."""
 
@@ -109,7 +158,7 @@ class CleanPass:
 
     def at(self, positions: Int[Tensor, "batch edit"]) -> Float[Tensor, "batch edit d_model"]:
         """The clean stream at the positions."""
-        return self.resid.gather(1, positions[..., None].expand(-1, -1, self.resid.shape[-1]))
+        return gather(self.resid, positions)
 
     @torch.no_grad()
     def read_single(
@@ -126,24 +175,39 @@ class CleanPass:
         return self.model.unembed(carried)
 
     @torch.no_grad()
+    def read_many(
+        self, row: int, position: int, resid: Float[Tensor, "copy d_model"]
+    ) -> Float[Tensor, "copy vocab"]:
+        """Next-token logits at one position of one text, had the stream there alone been each of `resid`."""
+        places = torch.full((1, len(resid)), position, device=resid.device)
+        attend = StoredPrefix(self.stored, row, position)
+        carried = self.model.run(resid[None], start=self.layer + 1, attend=attend, positions=places)
+        return self.model.unembed(carried[0])
+
+    @torch.no_grad()
     def read_joint(
         self,
+        at: Bool[Tensor, "batch pos"],
+        resid: Float[Tensor, "copy place d_model"],
         positions: Int[Tensor, "batch edit"],
-        resid: Float[Tensor, "copy batch edit d_model"],
-        real: Bool[Tensor, "batch edit"],
     ) -> Float[Tensor, "copy batch edit vocab"]:
-        """Next-token logits at every position, had all `real` ones of a text been `resid` together.
+        """Next-token logits at `positions`, had the stream at all places marked in `at` been `resid` together.
 
-        `copy` runs over edits of the same texts (doses, directions).
+        `copy` runs over edits of the same texts (doses, directions); places are those of `at` in row order.
         """
         copies = resid.shape[0]
-        rows, slots = real.nonzero(as_tuple=True)
         whole = self.resid.repeat(copies, 1, 1, 1)
-        whole[:, rows, positions[rows, slots]] = resid[:, rows, slots]
+        whole[:, at] = resid
         carried = self.model.run(rearrange(whole, "copy batch ... -> (copy batch) ..."), start=self.layer + 1)
-        index = positions[..., None].expand(-1, -1, resid.shape[-1])
-        picked = carried.gather(1, index.repeat(copies, 1, 1))
+        picked = gather(carried, positions.repeat(copies, 1))
         return rearrange(self.model.unembed(picked), "(copy batch) ... -> copy batch ...", copy=copies)
+
+
+def gather(
+    stream: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch edit"]
+) -> Float[Tensor, "batch edit d_model"]:
+    """A stream at some positions of each text."""
+    return stream.gather(1, positions[..., None].expand(-1, -1, stream.shape[-1]))
 
 
 def _layer_of(site: str, model: Decoder) -> int:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sae_steer.errors import InputError, NotDeliveredError
 from sae_steer.interventions.edits import Inject, Subtract
-from sae_steer.model.replay import CleanPass, edited
+from sae_steer.model.replay import CleanPass, edited, whole_pass
 from sae_steer.runtime import generator
 
 POSITIONS = torch.tensor([[0, 7, 39], [3, 3, 20], [38, 1, 12]])
@@ -32,6 +32,14 @@ def only_at(rows: Tensor, positions: Tensor, edit):
     return apply
 
 
+def marked(real: Tensor) -> Tensor:
+    """[batch, pos] the places of `POSITIONS` that are real."""
+    at = torch.zeros(3, 40, dtype=torch.bool)
+    rows, slots = real.nonzero(as_tuple=True)
+    at[rows, POSITIONS[rows, slots]] = True
+    return at
+
+
 def log_probabilities(logits: Tensor) -> Tensor:
     return logits.double().log_softmax(-1)
 
@@ -45,8 +53,8 @@ def test_unedited_replay_is_the_whole_pass(model, tokens, layer):
     clean = CleanPass.of(model, tokens, layer)
     whole = model(tokens)[torch.arange(3)[:, None], POSITIONS]
     torch.testing.assert_close(clean.read_single(POSITIONS, clean.at(POSITIONS)[None])[0], whole, atol=1e-5, rtol=1e-5)
-    real = torch.ones(3, 3, dtype=torch.bool)
-    joint = clean.read_joint(POSITIONS, clean.at(POSITIONS)[None], real)[0]
+    at = marked(torch.ones(3, 3, dtype=torch.bool))
+    joint = clean.read_joint(at, clean.resid[at][None], POSITIONS)[0]
     torch.testing.assert_close(joint, whole, atol=1e-5, rtol=1e-5)
 
 
@@ -66,8 +74,8 @@ def test_one_edited_position_is_the_whole_pass_with_a_hook_there(model, tokens, 
 def test_jointly_edited_positions_are_the_whole_pass_with_hooks_at_all_of_them(model, tokens, layer):
     clean, edits = CleanPass.of(model, tokens, layer), (push(), push(5, -2.0))
     real = torch.tensor([[True, True, True], [True, False, True], [True, True, False]])
-    resid = torch.stack([edit(clean.at(POSITIONS)) for edit in edits])
-    replayed = clean.read_joint(POSITIONS, resid, real)
+    at = marked(real)
+    replayed = clean.read_joint(at, torch.stack([edit(clean.resid[at]) for edit in edits]), POSITIONS)
     rows, slots = real.nonzero(as_tuple=True)
     for copy, edit in enumerate(edits):
         with edited(model, site(layer), only_at(rows, POSITIONS[rows, slots], edit)):
@@ -159,3 +167,26 @@ def test_edits_read_together_equal_edits_read_one_by_one(model, tokens):
     edits = torch.stack([before, before + 1.0, 2 * before])
     apart = torch.cat([clean.read_single(POSITIONS, edit[None]) for edit in edits])
     torch.testing.assert_close(clean.read_single(POSITIONS, edits), apart, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_many_edits_of_one_position_equal_those_edits_one_by_one(model, tokens, layer):
+    clean = CleanPass.of(model, tokens, layer)
+    before = clean.at(POSITIONS)
+    copies = torch.stack([before + scale * torch.randn(128, generator=generator(3)) for scale in (0.0, 1.0, -4.0)])
+    apart = clean.read_single(POSITIONS, copies)
+    for row, slot in ((0, 0), (0, 2), (1, 1), (2, 0)):
+        many = clean.read_many(row, int(POSITIONS[row, slot]), copies[:, row, slot])
+        assert_same_odds(many, apart[:, row, slot])
+
+
+def test_a_whole_pass_tells_the_stream_it_delivered_and_leaves_no_hook(model, tokens):
+    at, edit = marked(torch.ones(3, 3, dtype=torch.bool)), push()
+    for layer in LAYERS:
+        clean = model.resid_posts(tokens, (layer,))[layer]
+        received, logits = whole_pass(model, tokens, layer, edit, at)
+        assert torch.equal(received[~at], clean[~at])
+        torch.testing.assert_close(received[at], edit(clean[at]))
+        with edited(model, site(layer), edit, at=at):
+            assert torch.equal(model(tokens), logits)
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in [*model.layers, model.norm])
