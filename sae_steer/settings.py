@@ -135,15 +135,22 @@ class ScanSettings:
     """`like-2504`: the largest firing rate in the reference model."""
 
 
+CONTROLS = {"quick": 49, "full": 199, "final": 999}
+"""Control directions a family: a first look, the protocol, and a result to publish."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class InterveneSettings:
-    """What `intervene` does and with how much data."""
+    """What `intervene` does, against which bound, and with how much data."""
 
     doses: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
     """Multiples of s, the feature's median active contribution."""
     primary_dose: float = 1.0
+    """The dose that is tested; the others are shown."""
     upstream: int = 1
-    """Layers below the dictionary's at which the upstream variant injects."""
+    """Layers below the direction's at which the upstream variant injects."""
+    positions: str = "onsets"
+    """Where joint edits stand: `onsets`, `all` positions, or `onward` from the first onset."""
     prompts: int = 300
     """Confirm-split texts at most."""
     onsets_per_prompt: int = 4
@@ -151,9 +158,19 @@ class InterveneSettings:
     min_firings: int = 50
     min_tasks: int = 30
     """A feature that fires at fewer onsets, or onsets of fewer tasks, is not tested."""
+    bound_share: float = 0.05
+    """The bound, as a share of the gap between the models at the same onsets."""
+    bound_cap: float = 0.012
+    """The largest bound, as a probability."""
     bootstrap_draws: int = 10_000
-    controls: int = 99
-    """Isotropic directions of the delivered norm that draw the null band beside each variant."""
+    controls: int = CONTROLS["full"]
+    """Directions in each control family at the primary dose."""
+    ribbon: int = 8
+    """Of them, how many are read at the other doses, and jointly."""
+    calibration: int = 40
+    """Fresh directions treated as if each were the one studied."""
+    joint_control_prompts: int = 60
+    """Texts on which joint edits are compared with control directions."""
     generations: int = 80
     """Sampled texts an arm, one a prompt."""
     baseline_seeds: int = 16
@@ -161,6 +178,11 @@ class InterveneSettings:
     null_draws: int = 1_000
     temperature: float = 1.0
     seed: int = 0
+
+    @property
+    def quick(self) -> bool:
+        """Whether the control families are too small for more than a first look."""
+        return self.controls < 99
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,212 +1,251 @@
-"""The exact effects of one feature's variants: every dose, one onset at a time and all of a text together.
+"""The two models side by side before anything is tested: maps between their streams, control directions, arms.
 
-Effects are estimated with intervals that resample tasks; random directions of the length that the feature's
-own edit delivers show what any vector of that size would do.
+Everything here reads fit and tune texts alone, so that a plan can be fixed before the confirm texts are read.
+An `Arm` is one intervention made ready: the model and block it edits, the direction in that stream's own basis,
+and the directions that stand beside it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
-import numpy as np
+import torch
 from jaxtyping import Float
+from torch import Tensor
 
-from sae_steer import stats
-from sae_steer.errors import SteerError
-from sae_steer.interventions.edits import Control, isotropic
-from sae_steer.interventions.measure import OnsetRows, Reading, Request, check_delivered, read, unedited
-from sae_steer.interventions.variants import FeatureEdit, Variant
-from sae_steer.pair.model_pair import ModelPair
+from sae_steer.errors import InputError
+from sae_steer.interventions import controls as families
+from sae_steer.interventions.controls import FiringProfile
+from sae_steer.interventions.directions import mean_difference, unembedding
+from sae_steer.interventions.edits import Fan, Patch
+from sae_steer.interventions.measure import Measure
+from sae_steer.interventions.transport import Bridge, PairedRows, bridge
+from sae_steer.interventions.variants import Direction, Variant
+from sae_steer.model.readout import TargetMass
+from sae_steer.model.replay import Edit
+from sae_steer.pair.model_pair import NamedModel
 from sae_steer.pair.texts import Text
-from sae_steer.runtime import generator
+from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.settings import InterveneSettings
 
-MODES = ("single", "joint")
-CONTROLS_TOGETHER = 16
-"""Control directions that share a forward pass: three times as fast as one by one, more gains nothing."""
+RAW, TRANSPORTED = "raw", "transported"
+FRESH = "fresh"
+MEAN_DIFFERENCE, UNEMBEDDING = "mean difference", "unembedding"
 
 
 @dataclass(frozen=True)
-class VariantReading:
-    """One variant's readings by mode: column 0 of the masses is the unedited baseline, then the doses."""
+class Arm:
+    """One intervention made ready."""
 
-    single: Reading
-    joint: Reading
-    controls: Float[np.ndarray, "row direction"]
-    """Target mass under random directions at the primary dose, one onset at a time."""
+    variant: Variant
+    model: NamedModel
+    layer: int
+    """The block after which it edits."""
+    direction: Direction
+    units: dict[str, Float[Tensor, " d_model"]]
+    """{raw or transported: the direction in the edited stream's basis}; the first is the primary one."""
+    bridge: Bridge | None
+    """How the target's stream maps to the edited one; None where the edited model is the target."""
+    patch: Patch
+    """The other model's stream, carried over: the positive control that is not norm-matched."""
+    patch_r2: float
+    positives: dict[str, Float[Tensor, " d_model"]]
+    """Norm-matched positive controls, by name, of length one."""
+    families: dict[str, Float[Tensor, "direction d_model"]]
+    """Control directions by family."""
+    fresh: Float[Tensor, "direction d_model"]
+    """Directions never used as controls, to be treated as if each were the one studied."""
+    fresh_family: str
 
-    def base(self, mode: str) -> Float[np.ndarray, " row"]:
-        """Unedited target mass."""
-        return getattr(self, mode).mass[:, 0]
+    @property
+    def flavour(self) -> str:
+        """`raw` or `transported`: which of the units is primary."""
+        return next(iter(self.units))
 
-    def effect(self, mode: str) -> Float[np.ndarray, "row dose"]:
-        """Change of target mass at each dose."""
-        mass = getattr(self, mode).mass
-        return mass[:, 1:] - mass[:, :1]
+    def edit(self, dose: float, flavour: str | None = None) -> Edit:
+        """The intervention at a dose, by default along the primary unit."""
+        return self.direction.of(self.variant, dose, self.units[flavour or self.flavour])
 
-    def delivered(self, mode: str) -> Float[np.ndarray, "row dose"]:
-        """How far each dose moved the stream."""
-        return getattr(self, mode).delivered[:, 1:]
+    def positive(self, name: str, dose: float) -> "Signed":
+        """A norm-matched positive control: added on the reference model, subtracted on the target model."""
+        return Signed(self.edit(dose), self.positives[name], self.variant.predicted_sign)
+
+    def fan(self, settings: InterveneSettings) -> tuple[Fan, list[tuple[str, float, slice]]]:
+        """All control directions at once, and where each family (or the fresh ones) stands, by dose."""
+        parts, scales, places, start = [], [], [], 0
+        found = [(name, 1.0, drawn) for name, drawn in [*self.families.items(), (FRESH, self.fresh)]]
+        primary = settings.primary_dose
+        others = [dose for dose in settings.doses if dose not in (0.0, primary)]
+        found += [(n, dose / primary, drawn[: settings.ribbon]) for n, drawn in self.families.items() for dose in others]
+        for name, scale, drawn in found:
+            parts.append(drawn)
+            scales.append(torch.full((len(drawn),), scale, device=drawn.device))
+            places.append((name, primary * scale, slice(start, start + len(drawn))))
+            start += len(drawn)
+        return Fan(self.edit(primary), torch.cat(parts), torch.cat(scales)), places
+
+
+@dataclass(frozen=True)
+class Signed:
+    """As far as `edit` moves each row, along `direction` or against it."""
+
+    edit: Edit
+    direction: Float[Tensor, " d_model"]
+    sign: int
+
+    def __call__(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The rows moved."""
+        return resid + self.sign * (self.edit(resid) - resid).norm(dim=-1, keepdim=True) * self.direction
 
 
 @dataclass(frozen=True)
 class Bench:
-    """All that a reading needs besides the variant."""
+    """Two models, the block studied, what is measured, and the texts that maps and sizes are read from."""
 
-    pair: ModelPair
+    reference: NamedModel
+    target: NamedModel
     layer: int
-    """The dictionary's."""
-    edit: FeatureEdit
-    target: tuple[int, ...]
-    onsets: dict[str, OnsetRows]
-    """The onsets that each mode reads."""
+    measure: Measure
     settings: InterveneSettings
+    fit: Sequence[Text]
+    """Texts on which maps are fitted."""
+    tune: Sequence[Text]
+    """Texts on which maps are judged, and sizes, rates and differences of means are read."""
+    dictionary: SparseDictionary | None = None
+    """Where matched control features come from for a direction that is no feature."""
+    _bridges: dict[tuple[bool, int, int], Bridge] = field(default_factory=dict)
 
-    def read(self, variant: Variant) -> VariantReading:
-        """The variant at every dose, in both modes, and its controls."""
-        edits = [unedited, *(self.edit.of(variant, dose) for dose in self.settings.doses)]
-        single, joint, controls = read(
-            variant.model(self.pair).decoder,
-            self.layer - variant.layers_below,
-            [
-                Request(self.onsets["single"], edits),
-                Request(self.onsets["joint"], edits, joint=True),
-                Request(self.onsets["single"], self._controls(variant), together=CONTROLS_TOGETHER),
-            ],
-            self.target,
-        )
-        for mode, reading in ("single", single), ("joint", joint):
-            self._check(reading, f"{variant.name} ({mode})")
-        return VariantReading(single, joint, controls.mass)
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The block studied, and the one upstream."""
+        return self.layer - self.settings.upstream, self.layer
 
-    def _check(self, reading: Reading, name: str) -> None:
-        """Every dose but zero moved the stream, and dose zero changed nothing."""
-        doses = self.settings.doses
-        nonzero = [column for column, dose in enumerate(doses, 1) if dose]
-        moved = Reading(reading.mass[:, nonzero], reading.delivered[:, nonzero])
-        check_delivered(moved, [f"{name} at dose {doses[column - 1]}" for column in nonzero])
-        for column in set(range(1, len(doses) + 1)) - set(nonzero):
-            if not np.array_equal(reading.mass[:, column], reading.mass[:, 0]):
-                raise SteerError(f"{name} at dose 0 differs from the baseline; the measurement cannot be trusted")
+    @cached_property
+    def tuned(self) -> PairedRows:
+        """Both streams over the tune texts."""
+        return PairedRows.of(self.target.decoder, self.reference.decoder, self.tune, self.layers)
 
-    def _controls(self, variant: Variant) -> list[Control]:
-        """Random directions at the length of the variant's own edit of each row."""
-        settings = self.settings
-        primary = self.edit.of(variant, settings.primary_dose)
-        directions = isotropic(settings.controls, len(self.edit.unit), generator(settings.seed, 31))
-        return [Control(primary, direction) for direction in directions]
+    @cached_property
+    def fitted(self) -> PairedRows:
+        """Both streams over the fit texts."""
+        return PairedRows.of(self.target.decoder, self.reference.decoder, self.fit, self.layers)
 
-    def effects(self, reading: VariantReading, mode: str, gap: Float[np.ndarray, " row"]) -> dict:
-        """The dose curve: points and share of the gap with intervals, the length delivered, and the coverage.
+    @cached_property
+    def tune_rows(self) -> Float[Tensor, "row d_model"]:
+        """The target's stream over the tune texts, on the target's device."""
+        return torch.from_numpy(self.tuned.target[self.layer]).to(self.target.decoder.device)
 
-        Zero-ablation moves only the onsets at which the feature fires. Edited one at a time, the mean is the
-        coverage times the mean where edited; edited jointly, the others are moved through attention.
+    @cached_property
+    def mean_difference(self) -> Direction:
+        """Onsets before a target step minus the others, in the target's stream."""
+        return mean_difference(self.tune_rows, self.tuned.is_onset, self.tuned.next_is_target)
+
+    def bridge(self, source: int, sink: int, *, to_target: bool = False) -> Bridge:
+        """The map from the target's stream after `source` to the reference's after `sink`, or the other way."""
+        key = (to_target, source, sink)
+        if key not in self._bridges:
+            fit, tune = self.fitted, self.tuned
+            streams = [
+                (rows.reference[source], rows.target[sink]) if to_target else (rows.target[source], rows.reference[sink])
+                for rows in (fit, tune)
+            ]
+            (x_fit, y_fit), (x_test, y_test) = streams
+            device = (self.target if to_target else self.reference).decoder.device
+            self._bridges[key] = bridge(x_fit[fit.spread], y_fit[fit.spread], x_test, y_test, device)
+        return self._bridges[key]
+
+    def arms(self, direction: Direction, *, leave_out: Collection[int] | None = None) -> list[Arm]:
+        """Every intervention that can be made with the direction.
+
+        Args:
+            leave_out: features that are no controls, because they are specific to the target model; by default
+                those that are on the tune texts.
         """
-        onsets, effect, delivered = self.onsets[mode], reading.effect(mode), reading.delivered(mode)
-        rows = estimates(effect, onsets, self.settings, gap)
-        for column, (row, dose) in enumerate(zip(rows, self.settings.doses, strict=True)):
-            moved = delivered[:, column] > 0
-            row |= {
-                "dose": dose,
-                "mean_delivered_norm": float(delivered[:, column].mean()),
-                "rows_edited": int(moved.sum()),
-                "coverage": float(moved.mean()),
-                **self._where_edited(effect[moved, column], onsets.task[moved]),
-            }
-        return {"n": len(onsets), "tasks": len(np.unique(onsets.task)), "doses": rows}
+        if not 0 < self.settings.upstream <= self.layer:
+            raise InputError(
+                f"cannot inject {self.settings.upstream} layers upstream of layer {self.layer}; set upstream to 1 or "
+                "more, and take a direction of a layer that has as many below it"
+            )
+        matched = self._matched(direction, leave_out)
+        return [self._arm(direction, variant, matched) for variant in direction.variants(self.settings.upstream)]
 
-    def _where_edited(self, effect: Float[np.ndarray, " moved"], task: np.ndarray) -> dict:
-        """The mean over the rows that an edit moved, with its interval where there are tasks enough for one."""
-        keys, tasks = ("mean_where_edited", "where_edited_low", "where_edited_high"), len(np.unique(task))
-        if tasks < self.settings.min_tasks:
-            means = (float(effect.mean()) if len(effect) else None, None, None)
-        else:
-            draws = {"draws": self.settings.bootstrap_draws, "seed": self.settings.seed}
-            found = stats.cluster_bootstrap(effect[:, None], task, **draws)
-            means = (float(found.mean[0]), float(found.low[0]), float(found.high[0]))
-        return {**dict(zip(keys, means, strict=True)), "tasks_edited": tasks}
-
-    def controls(self, reading: VariantReading) -> dict:
-        """Mean effects of the random directions, and the feature's rank among them by distance from zero."""
-        means = (reading.controls - reading.single.mass[:, :1]).mean(axis=0)
-        observed = reading.effect("single")[:, self.settings.doses.index(self.settings.primary_dose)].mean()
-        low, high = np.quantile(means, [0.025, 0.975])
-        return {
-            "family": "isotropic",
-            "count": len(means),
-            "low": float(low),
-            "high": float(high),
-            "rank_p": stats.rank_p(float(observed), means),
-            "means": means.tolist(),
+    def _arm(self, direction: Direction, variant: Variant, matched: Float[Tensor, "direction d_model"] | None) -> Arm:
+        settings, below = self.settings, self.layer - variant.layers_below
+        model = self.target if variant.edits_target else self.reference
+        device, d_model = model.decoder.device, model.decoder.shape.d_model
+        link = None if variant.edits_target else self.bridge(self.layer, below)
+        stream = (self.tuned.target if variant.edits_target else self.tuned.reference)[below][self.tuned.is_onset]
+        count, spare = settings.controls, settings.calibration
+        drawn = {
+            families.ISOTROPIC: families.isotropic_directions(d_model, count + spare, settings.seed).to(device),
+            families.COVARIANCE: families.covariance_matched(stream, count + spare, settings.seed).to(device),
         }
+        if matched is not None and len(matched):
+            same_basis = link is None or not link.transported
+            drawn[families.MATCHED] = matched.to(device) if same_basis else link.carry.direction(matched)
+        enough = drawn.get(families.MATCHED, ())
+        fresh_family = families.MATCHED if len(enough) >= count + spare else families.ISOTROPIC
+        donor = self.reference if variant.edits_target else self.target
+        carried = self.bridge(below, below, to_target=variant.edits_target)
+        return Arm(
+            variant=variant,
+            model=model,
+            layer=below,
+            direction=direction,
+            units=self._units(direction.unit, link, device),
+            bridge=link,
+            patch=Patch(donor.decoder, below, carried.carry),
+            patch_r2=carried.check.affine_r2,
+            positives=self._positives(model, link),
+            families={name: found[:count] for name, found in drawn.items()},
+            fresh=drawn[fresh_family][count : count + spare],
+            fresh_family=fresh_family,
+        )
 
-    def trials(self, variants: Sequence[Variant], readings: Sequence[VariantReading]) -> dict[str, np.ndarray]:
-        """One row an onset x variant x dose x mode."""
-        parts: list[dict[str, np.ndarray]] = []
-        for variant, found in zip(variants, readings, strict=True):
-            for mode, onsets in self.onsets.items():
-                reading, n = getattr(found, mode), len(onsets)
-                parts += [
-                    {
-                        "variant": np.full(n, variant.name),
-                        "mode": np.full(n, mode),
-                        "dose": np.full(n, dose),
-                        "prompt": onsets.prompt,
-                        "task": onsets.task,
-                        "position": onsets.position,
-                        "next_is_target": onsets.is_target,
-                        "p_base": reading.mass[:, 0],
-                        "p_edited": reading.mass[:, column],
-                        "delivered_norm": reading.delivered[:, column],
-                    }
-                    for column, dose in enumerate(self.settings.doses, 1)
-                ]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    def _units(self, unit: Float[Tensor, " d_model"], link: Bridge | None, device: torch.device) -> dict[str, Tensor]:
+        """The direction raw and transported, the primary one first; raw alone in its own model."""
+        if link is None:
+            return {RAW: unit.to(device)}
+        carried = {TRANSPORTED: link.carry.direction(unit)}
+        if link.check.identity_r2 is None:  # streams of two widths have no raw direction in common
+            return carried
+        raw = {RAW: unit.to(device)}
+        return {**carried, **raw} if link.transported else {**raw, **carried}
 
+    def _positives(self, model: NamedModel, link: Bridge | None) -> dict[str, Tensor]:
+        """Directions that should move the measure up, in the edited stream."""
+        found = {}
+        onsets, follows = self.tuned.is_onset, self.tuned.next_is_target
+        if (onsets & follows).any() and (onsets & ~follows).any():
+            unit = self.mean_difference.unit
+            found[MEAN_DIFFERENCE] = unit.to(model.decoder.device) if link is None else link.carry.direction(unit)
+        if isinstance(self.measure, TargetMass):
+            found[UNEMBEDDING] = unembedding(model.decoder, self.measure.ids)
+        return found
 
-def choose_onsets(texts: Sequence[Text], settings: InterveneSettings) -> dict[str, OnsetRows]:
-    """Up to `onsets_per_prompt` of each text for single edits, drawn by seed; all of them for joint ones."""
-    random = np.random.default_rng([settings.seed, 5])
-    every = [np.flatnonzero(text.is_onset) for text in texts]
-    some = [np.sort(random.permutation(found)[: settings.onsets_per_prompt]) for found in every]
-    return {"single": OnsetRows.of(texts, some), "joint": OnsetRows.of(texts, every)}
-
-
-def estimates(
-    effect: Float[np.ndarray, "row column"],
-    onsets: OnsetRows,
-    settings: InterveneSettings,
-    gap: Float[np.ndarray, " row"] | None = None,
-) -> list[dict]:
-    """Per column: the onset-weighted mean with its interval, the prompt-weighted mean, the share of the gap.
-
-    The share is None where the two models do not differ at all, and an end of its interval where it has none.
-    """
-    draws = {"draws": settings.bootstrap_draws, "seed": settings.seed}
-    points = stats.cluster_bootstrap(effect, onsets.task, **draws)
-    _, prompt, count = np.unique(onsets.prompt, return_inverse=True, return_counts=True)
-    by_prompt = np.average(effect, axis=0, weights=1 / count[prompt])
-    rows = [
-        {
-            "mean": float(mean),
-            "low": float(low),
-            "high": float(high),
-            "prompt_weighted": float(weighted),
-            "n": points.n,
-            "tasks": points.clusters,
-        }
-        for mean, low, high, weighted in zip(points.mean, points.low, points.high, by_prompt, strict=True)
-    ]
-    if gap is None:
-        return rows
-    shares = np.full((3, len(rows)), np.nan)
-    if gap.sum():
-        share = stats.cluster_bootstrap_ratio(effect, gap[:, None], onsets.task, **draws)
-        shares = np.stack([share.mean, share.low, share.high])
-    for row, ends in zip(rows, shares.T, strict=True):
-        row |= {key: _finite(value) for key, value in zip(("share", "share_low", "share_high"), ends, strict=True)}
-    return rows
-
-
-def _finite(value: float) -> float | None:
-    """None for what is unbounded or unknown: JSON has no infinity."""
-    return float(value) if np.isfinite(value) else None
+    def _matched(self, direction: Direction, leave_out: Collection[int] | None) -> Float[Tensor, "row d_model"] | None:
+        """Decoder rows of other features, in the target's basis, of length one."""
+        sae = direction.sae if direction.sae is not None else self.dictionary
+        if sae is None:
+            return None
+        onsets = torch.from_numpy(self.tuned.is_onset)
+        profile = FiringProfile.of(sae, self.tune_rows[onsets])
+        if leave_out is None:
+            reference = torch.from_numpy(self.tuned.reference[self.layer]).to(self.tune_rows.device)
+            leave_out = (
+                families.specific_features(profile, FiringProfile.of(sae, reference[onsets]))
+                if reference.shape[1] == self.tune_rows.shape[1]
+                else ()
+            )
+        settings = self.settings
+        decoder = families.decoder_rows(sae)
+        chosen = families.matched_features(
+            direction,
+            decoder,
+            profile,
+            leave_out=[int(feature) for feature in leave_out],
+            count=settings.controls + settings.calibration,
+            seed=settings.seed,
+        )
+        rows = decoder[torch.from_numpy(chosen)]
+        return rows / rows.norm(dim=1, keepdim=True)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_steer.interventions.transport import Carry
-from sae_steer.model.decoder import Decoder
+from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.replay import Edit
 from sae_steer.sae.architectures import SparseDictionary
 
@@ -94,7 +94,7 @@ class Fan:
 class Patch:
     """The stream of another model at the same tokens, carried into this one's: the largest edit that means anything."""
 
-    donor: Decoder
+    donor: LanguageModel
     layer: int
     """Of the donor."""
     carry: Carry

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae_steer.interventions.edits import Fan, Patch
 from sae_steer.model.batching import length_batches, pad
-from sae_steer.model.decoder import Decoder
+from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.readout import TargetMass, divergence, off_target_nats
 from sae_steer.model.replay import CleanPass, Edit, gather
 from sae_steer.pair.texts import Text
@@ -22,6 +22,8 @@ from sae_steer.pair.texts import Text
 TOKENS_PER_BATCH = 4_096
 PLACES = ("onsets", "all", "onward")
 """Where a joint edit stands: at the onsets read, at every position, or from the first onset on."""
+ELSEWHERE = "elsewhere"
+"""The position control: as many random positions of each text that are no onsets."""
 
 Measure = Callable[[Float[Tensor, "*rows vocab"]], Float[Tensor, "*rows"]]
 """Next-token logits -> the number studied, one a row."""
@@ -35,6 +37,8 @@ class OnsetBatch:
     lengths: Int[Tensor, " batch"]
     positions: Int[Tensor, "batch edit"]
     real: Bool[Tensor, "batch edit"]
+    elsewhere: Bool[Tensor, "batch pos"]
+    """As many positions as onsets, none of them an onset; of a text with too few of these, all."""
 
     def marked(self, places: str) -> Bool[Tensor, "batch pos"]:
         """Where a joint edit stands, by the name of the places."""
@@ -44,6 +48,8 @@ class OnsetBatch:
             return inside
         if places == "onward":
             return inside & (at >= self.positions.min(1).values[:, None])
+        if places == ELSEWHERE:
+            return self.elsewhere
         marked = torch.zeros_like(inside)
         rows, slots = self.real.nonzero(as_tuple=True)
         marked[rows, self.positions[rows, slots]] = True
@@ -62,8 +68,9 @@ class OnsetRows:
     """Whether the text goes on with a target step there."""
 
     @classmethod
-    def of(cls, texts: Sequence[Text], chosen: Sequence[np.ndarray]) -> "OnsetRows":
+    def of(cls, texts: Sequence[Text], chosen: Sequence[np.ndarray], *, seed: int = 0) -> "OnsetRows":
         """The onsets `chosen` (positions) of each text; texts without any are left out."""
+        random = np.random.default_rng([seed, 43])
         kept = [i for i, positions in enumerate(chosen) if len(positions)]
         batches, rows = [], []
         for batch in length_batches([len(texts[i]) for i in kept], TOKENS_PER_BATCH):
@@ -71,12 +78,17 @@ class OnsetRows:
             width = max(len(chosen[i]) for i in members)
             counts = torch.tensor([len(chosen[i]) for i in members])
             padded = np.stack([np.resize(chosen[i], width) for i in members])
+            elsewhere = torch.zeros(len(members), max(len(texts[i]) for i in members), dtype=torch.bool)
+            for row, i in enumerate(members):
+                others = random.permutation(np.flatnonzero(~texts[i].is_onset))[: len(chosen[i])]
+                elsewhere[row, torch.from_numpy(others)] = True
             batches.append(
                 OnsetBatch(
                     tokens=pad([texts[i].token.tolist() for i in members], 0),
                     lengths=torch.tensor([len(texts[i]) for i in members]),
                     positions=torch.from_numpy(padded.astype(np.int64)),
                     real=torch.arange(width) < counts[:, None],
+                    elsewhere=elsewhere,
                 )
             )
             rows += [(i, int(position)) for i in members for position in chosen[i]]
@@ -190,7 +202,7 @@ class FanRequest:
         return (torch.stack(values).double().cpu(),)
 
 
-def read(model: Decoder, layer: int, requests: Sequence[Request | FanRequest], measure: Measure) -> list[tuple]:
+def read(model: LanguageModel, layer: int, requests: Sequence[Request | FanRequest], measure: Measure) -> list[tuple]:
     """What each request asks of the stream after block `layer`, at every onset under every edit.
 
     The requests' onsets are of the same texts, so that the unedited pass of a batch runs once for all of them.

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from sae_steer import stats
 from sae_steer.errors import InputError
 from sae_steer.interventions.measure import OnsetBatch, OnsetRows
-from sae_steer.model.decoder import Decoder
+from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.replay import CleanPass
 from sae_steer.pair.texts import Text
 
@@ -49,7 +49,7 @@ class SplicedLoss:
 
 
 def ce_recovered(
-    model: Decoder,
+    model: LanguageModel,
     sae: nn.Module,
     texts: Sequence[Text],
     layer: int,
@@ -91,7 +91,7 @@ def ce_recovered(
 
 
 @torch.no_grad()
-def _mean_row(model: Decoder, batches: Sequence[OnsetBatch], layer: int) -> Float[Tensor, " d_model"]:
+def _mean_row(model: LanguageModel, batches: Sequence[OnsetBatch], layer: int) -> Float[Tensor, " d_model"]:
     total, count = 0.0, 0
     for batch in batches:
         resid = model.resid_posts(batch.tokens.to(model.device), (layer,))[layer]
@@ -103,14 +103,13 @@ def _mean_row(model: Decoder, batches: Sequence[OnsetBatch], layer: int) -> Floa
 
 @torch.no_grad()
 def _losses(
-    model: Decoder, sae: nn.Module, batch: OnsetBatch, layer: int, mean: Float[Tensor, " d_model"]
+    model: LanguageModel, sae: nn.Module, batch: OnsetBatch, layer: int, mean: Float[Tensor, " d_model"]
 ) -> Float[np.ndarray, "row 3"]:
     """Cross-entropy of the next token at every real position: clean, spliced, mean-ablated."""
     tokens, positions, real = (part.to(model.device) for part in (batch.tokens, batch.positions, batch.real))
-    clean = CleanPass.of(model, tokens, layer)
-    before = clean.at(positions)
-    spliced = sae(before.flatten(0, 1)).view_as(before)
-    logits = clean.read_joint(positions, torch.stack([before, spliced, mean.expand_as(before)]), real)
+    clean, at = CleanPass.of(model, tokens, layer), batch.marked("onsets").to(model.device)
+    before = clean.resid[at]
+    logits = clean.read_joint(at, torch.stack([before, sae(before), mean.expand_as(before)]), positions)
     following = tokens.gather(1, positions + 1)[real]
     columns = [cross_entropy(copy[real].double(), following, reduction="none") for copy in logits]
     return torch.stack(columns, dim=1).cpu().numpy()

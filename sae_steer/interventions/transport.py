@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_steer.align import AffineMap, BasisCheck, basis_check, choose_ridge, fit_affine
 from sae_steer.model.batching import length_batches, pad
-from sae_steer.model.decoder import Decoder
+from sae_steer.model.language_model import LanguageModel
 from sae_steer.pair.texts import Text
 from sae_steer.runtime import generator
 
@@ -80,7 +80,7 @@ class PairedRows:
     task: Int[np.ndarray, " row"]
 
     @classmethod
-    def of(cls, target: Decoder, reference: Decoder, texts: Sequence[Text], layers: tuple[int, ...]) -> "PairedRows":
+    def of(cls, target: LanguageModel, reference: LanguageModel, texts: Sequence[Text], layers: tuple[int, ...]) -> "PairedRows":
         """Every position of the texts, in the order of their lengths."""
         order = [i for batch in length_batches([len(text) for text in texts], TOKENS_PER_BATCH) for i in batch]
         ordered = [texts[i] for i in order]
@@ -110,9 +110,9 @@ def bridge(
     return Bridge(Carry.of(fitted, device), basis_check(x_fit, y_fit, x_test, y_test))
 
 
-def embedding_check(target: Decoder, reference: Decoder, *, seed: int) -> BasisCheck:
+def embedding_check(target: LanguageModel, reference: LanguageModel, *, seed: int) -> BasisCheck:
     """The basis check of the two embedding tables: rows are tokens, fitted on a random half of them."""
-    tables = [model.embed_tokens.weight.detach().cpu().double().numpy() for model in (target, reference)]
+    tables = [model.W_E.detach().cpu().double().numpy() for model in (target, reference)]
     rows = min(map(len, tables))
     order = torch.randperm(rows, generator=generator(seed, 61)).numpy()
     fit, test = order[: rows // 2], order[rows // 2 :]
@@ -120,7 +120,7 @@ def embedding_check(target: Decoder, reference: Decoder, *, seed: int) -> BasisC
 
 
 @torch.no_grad()
-def _streams(model: Decoder, texts: Sequence[Text], layers: tuple[int, ...]) -> dict[int, np.ndarray]:
+def _streams(model: LanguageModel, texts: Sequence[Text], layers: tuple[int, ...]) -> dict[int, np.ndarray]:
     """{layer: [row, d_model]} float32, every position of the texts in their order."""
     found: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
     for batch in length_batches([len(text) for text in texts], TOKENS_PER_BATCH):

@@ -6,47 +6,50 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_steer.interventions.edits import Inject, Subtract, ZeroAblate
-from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.sae.architectures import SparseDictionary
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to ask what a feature does."""
+    """One way to ask what a direction does."""
 
     name: str
     edits_target: bool
     """Whether the edited model is the target; otherwise the reference."""
     layers_below: int
-    """How many blocks below the dictionary's the edit stands."""
+    """How many blocks below the direction's own the edit stands."""
     predicted_sign: int
-
-    def model(self, pair: ModelPair) -> NamedModel:
-        """The model the variant edits."""
-        return pair.target if self.edits_target else pair.reference
 
 
 @dataclass(frozen=True)
-class FeatureEdit:
-    """A feature and its size, from which every variant's edits are made."""
+class Direction:
+    """What is added to a stream or taken from it: a unit vector of the target model's stream, and the size of dose 1."""
 
-    sae: SparseDictionary
-    feature: int
+    name: str
+    unit: Float[Tensor, " d_model"]
+    """Of length one."""
     s: float
-    """Median norm of the feature's active contribution: what dose 1 adds or takes."""
+    """Length of dose 1; for a feature the median norm of its active contribution."""
+    s_from: str
+    """Where `s` comes from."""
+    sae: SparseDictionary | None = None
+    """The dictionary, if the direction is one of its features."""
+    feature: int | None = None
 
-    @property
-    def unit(self) -> Float[Tensor, " d_model"]:
-        """The decoder row at length one."""
-        direction = self.sae.direction(self.feature)
-        return direction / direction.norm()
+    def variants(self, upstream: int) -> tuple[Variant, ...]:
+        """The interventions that can be made with it: zero-ablation needs a feature."""
+        return tuple(v for v in four_variants(upstream) if self.sae is not None or v.name != "zero_ablate")
 
-    def of(self, variant: Variant, dose: float) -> Inject | Subtract | ZeroAblate:
-        """The edit of a variant at a dose."""
+    def of(
+        self, variant: Variant, dose: float, unit: Float[Tensor, " d_model"] | None = None
+    ) -> Inject | Subtract | ZeroAblate:
+        """The edit of a variant at a dose; `unit` is the direction as carried into the edited stream."""
         if variant.name == "zero_ablate":
+            assert self.sae is not None, "only a feature of a dictionary can be ablated"
+            assert self.feature is not None, "only a feature of a dictionary can be ablated"
             return ZeroAblate(self.sae, self.feature, dose)
         kind = Subtract if variant.predicted_sign < 0 else Inject
-        return kind(self.unit, dose * self.s)
+        return kind(self.unit if unit is None else unit, dose * self.s)
 
 
 def four_variants(upstream: int) -> tuple[Variant, ...]:

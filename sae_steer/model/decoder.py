@@ -161,6 +161,16 @@ class Decoder(nn.Module):
         # a field added later appears only where it is used, so that the hashes of older models stay
         return repr(self.shape).replace(", rope_scaling=None", "")
 
+    @property
+    def W_E(self) -> Float[Tensor, "vocab d_model"]:
+        """The token embedding, one row a token."""
+        return self.embed_tokens.weight
+
+    @property
+    def gain(self) -> Float[Tensor, " d_model"]:
+        """What the final norm multiplies each dimension by."""
+        return self.norm.weight
+
     def check_layer(self, layer: int, name: str = "the model") -> None:
         """Raise `InputError` unless there is a block `layer`."""
         if not 0 <= layer < self.shape.n_layers:

@@ -36,6 +36,14 @@ class LanguageModel(Protocol):
         """The unembedding, one row a token."""
 
     @property
+    def W_E(self) -> Float[Tensor, "vocab d_model"]:
+        """The token embedding, one row a token."""
+
+    @property
+    def gain(self) -> Float[Tensor, " d_model"]:
+        """What the final norm multiplies each dimension by."""
+
+    @property
     def described(self) -> str:
         """All that fixes the function besides the weights."""
 

@@ -127,6 +127,17 @@ class LensModel(nn.Module):
         return self.hooked.W_U.T
 
     @property
+    def W_E(self) -> Float[Tensor, "vocab d_model"]:
+        """The token embedding, one row a token."""
+        return self.hooked.W_E
+
+    @property
+    def gain(self) -> Float[Tensor, " d_model"]:
+        """What the final norm multiplies each dimension by; ones where it has been folded away."""
+        gain = getattr(self.hooked.ln_final, "w", None)
+        return self.hooked.W_E.new_ones(self.shape.d_model) if gain is None else gain
+
+    @property
     def described(self) -> str:
         """Every field of the config that an output depends on."""
         facts = {name: str(value) for name, value in vars(self.shape).items() if name not in NOT_OF_THE_FUNCTION}
