@@ -127,6 +127,11 @@ class FeatureScan:
             & (self.target_rate >= self.settings.min_ratio * self.reference_rate)
         )
 
+    @property
+    def specific_features(self) -> list[int]:
+        """The indices of the specific features."""
+        return np.flatnonzero(self.specific).tolist()
+
     def top(self, count: int) -> list[int]:
         """The specific features that fire in enough tasks, the highest lower bound of the log-odds first."""
         order = np.argsort(-self.log_odds.low, kind="stable")

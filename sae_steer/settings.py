@@ -135,6 +135,8 @@ class ScanSettings:
     """`like-2504`: the largest firing rate in the reference model."""
 
 
+POSITIONS = ("onsets", "all", "onward")
+"""Where a joint edit stands: at the onsets read, at every position, or from the first onset on."""
 CONTROLS = {"quick": 49, "full": 199, "final": 999}
 """Control directions a family: a first look, the protocol, and a result to publish."""
 
@@ -175,6 +177,8 @@ class InterveneSettings:
     """Sampled texts an arm, one a prompt."""
     baseline_seeds: int = 16
     """Baseline samples of every prompt, from which the A/A null is drawn."""
+    paired_seeds: int = 4
+    """Steered samples of every prompt, which share their noise with as many of the baseline."""
     null_draws: int = 1_000
     temperature: float = 1.0
     seed: int = 0

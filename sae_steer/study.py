@@ -7,7 +7,7 @@ A finished stage is found again by its settings and the hashes of its inputs; on
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from sae_steer.dictionary import Dictionary, default_folder, train_sae
 from sae_steer.errors import SteerError
 from sae_steer.findings import layer_probability as layers
 from sae_steer.interventions.study import RECORD_FILE as STUDY_RECORD
-from sae_steer.interventions.study import Study, intervene, load_study, study_provenance
+from sae_steer.interventions.study import Source, Study, intervene, load_study, plan_study, study_provenance
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.records import already_done, write_json
@@ -74,9 +74,10 @@ class Places:
         """A dictionary's folder."""
         return self.run / "saes" / default_folder(model, layer, settings or SAESettings())
 
-    def intervene(self, feature: int) -> Path:
-        """The folder of a feature's interventions."""
-        return self.run / "intervene" / f"feature-{feature}"
+    def intervene(self, source: Source) -> Path:
+        """The folder of the interventions with a feature's index or another direction."""
+        name = f"feature-{source}" if isinstance(source, int) else f"direction-{Path(str(source)).stem}"
+        return self.run / "intervene" / name
 
 
 def find_or_scan(
@@ -101,19 +102,25 @@ def find_or_intervene(
     pair: ModelPair,
     cache: ActivationCache,
     dictionary: Dictionary,
-    feature: int,
+    source: Source,
     out: Path,
     *,
     settings: InterveneSettings | None = None,
+    leave_out: Collection[int] | None = None,
     force: bool = False,
     on_step: Progress = silent,
 ) -> Study:
-    """The study of a feature in `out`, made now unless it is there."""
+    """The study of a feature's index or another direction in `out`, made now unless it is there; its plan first."""
     settings = settings or InterveneSettings()
-    origin = study_provenance(pair, cache, dictionary, feature, settings)
+    origin = study_provenance(pair, cache, dictionary, source, settings, leave_out)
     if not already_done(out / STUDY_RECORD, origin, force=force):
         with _into(out):
-            intervene(pair, dictionary, feature=feature, cache=cache, settings=settings, on_step=on_step).save(out)
+            plan = plan_study(pair, cache, origin, out, force=force)
+            named = {"feature": source} if isinstance(source, int) else {"direction": source}
+            intervene(
+                pair, dictionary, **named, cache=cache, settings=settings, leave_out=leave_out, plan=plan,
+                on_step=on_step,
+            ).save(out)  # fmt: skip
     return load_study(out)
 
 
@@ -163,8 +170,10 @@ def run_study(
     )
     scan = find_or_scan(cache, dictionary, places.scan, settings=settings.scan, force=force, on_rows=progress("scan"))
     chosen = scan.resolve(feature)
-    out, told = places.intervene(chosen), progress("intervene")
-    find_or_intervene(pair, cache, dictionary, chosen, out, settings=settings.intervene, force=force, on_step=told)
+    find_or_intervene(
+        pair, cache, dictionary, chosen, places.intervene(chosen), settings=settings.intervene,
+        leave_out=scan.specific_features, force=force, on_step=progress("intervene"),
+    )  # fmt: skip
     find_or_read_layers(pair, cache, places.layers, settings=settings.layers, force=force, on_step=progress("layers"))
     return write_report(places.run, on_step=progress("report"))
 

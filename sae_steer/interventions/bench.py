@@ -76,7 +76,9 @@ class Arm:
         found = [(name, 1.0, drawn) for name, drawn in [*self.families.items(), (FRESH, self.fresh)]]
         primary = settings.primary_dose
         others = [dose for dose in settings.doses if dose not in (0.0, primary)]
-        found += [(n, dose / primary, drawn[: settings.ribbon]) for n, drawn in self.families.items() for dose in others]
+        found += [
+            (n, dose / primary, drawn[: settings.ribbon]) for n, drawn in self.families.items() for dose in others
+        ]
         for name, scale, drawn in found:
             parts.append(drawn)
             scales.append(torch.full((len(drawn),), scale, device=drawn.device))
@@ -146,7 +148,9 @@ class Bench:
         if key not in self._bridges:
             fit, tune = self.fitted, self.tuned
             streams = [
-                (rows.reference[source], rows.target[sink]) if to_target else (rows.target[source], rows.reference[sink])
+                (rows.reference[source], rows.target[sink])
+                if to_target
+                else (rows.target[source], rows.reference[sink])
                 for rows in (fit, tune)
             ]
             (x_fit, y_fit), (x_test, y_test) = streams

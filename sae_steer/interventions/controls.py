@@ -90,9 +90,7 @@ def matched_features(
     return np.random.default_rng([seed, 37]).permutation(nearest)
 
 
-def covariance_matched(
-    rows: Float[np.ndarray, "row d_model"], count: int, seed: int
-) -> Float[Tensor, "count d_model"]:
+def covariance_matched(rows: Float[np.ndarray, "row d_model"], count: int, seed: int) -> Float[Tensor, "count d_model"]:
     """Directions of length one drawn from the normal distribution with the rows' covariance."""
     values, vectors = np.linalg.eigh(np.cov(rows.astype(np.float64), rowvar=False))
     root = torch.from_numpy(vectors * np.sqrt(values.clip(min=0))).float()

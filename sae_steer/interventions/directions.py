@@ -141,7 +141,17 @@ def _only(found: Any) -> Any:
     return found
 
 
-_UNREADABLE = (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, BadZipFile, SafetensorError, SteerError)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    EOFError,
+    UnpicklingError,
+    BadZipFile,
+    SafetensorError,
+    SteerError,
+)
 _READERS = {
     ".npy": lambda path: np.load(path, allow_pickle=False),
     ".pt": _pt,

@@ -223,4 +223,3 @@ def gap_gate(mean: float, low: float, high: float) -> Gate:
     """Gate 8: the gap's 95 % interval excludes zero."""
     said = f"gap {100 * mean:.2f} [{100 * low:.2f}, {100 * high:.2f}] points"
     return Gate("8", "the models differ", bool(low > 0 or high < 0), said)
-

@@ -20,8 +20,6 @@ from sae_steer.model.replay import CleanPass, Edit, gather
 from sae_steer.pair.texts import Text
 
 TOKENS_PER_BATCH = 4_096
-PLACES = ("onsets", "all", "onward")
-"""Where a joint edit stands: at the onsets read, at every position, or from the first onset on."""
 ELSEWHERE = "elsewhere"
 """The position control: as many random positions of each text that are no onsets."""
 

@@ -1,23 +1,23 @@
-"""The protocol on objects in memory: two models, a direction, onsets of confirm texts, a measure; out comes a verdict.
+"""The protocol on objects in memory: the arms of a direction, confirm texts, a measure; out comes a verdict.
 
 1. Read every arm at every dose, each onset alone and all of a text together, with its control directions.
-2. Compare the effects at the primary dose with the bound, Holm-corrected over variants and modes; where a joint
-   effect alone lies beyond it, read the full families of joint controls too.
+2. Compare the effects at the primary dose with the bound, Holm-corrected over variants and modes. Where a joint
+   effect lies beyond it and the single one does not decide, read the full families of joint controls too.
 3. Check the gates; judge each variant, then the study.
 
-`evidence` is one caller's work: `study.py` reads a pair and a cache, and adds sampled plans.
+`study.py` is one caller: it reads a pair and a cache, writes a plan first, and adds sampled plans.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float
 
 from sae_steer import stats
-from sae_steer.interventions import gates
-from sae_steer.interventions.bench import FRESH, Arm
-from sae_steer.interventions.effects import Table, describe_controls, rank
+from sae_steer.interventions import effects, gates
+from sae_steer.interventions.bench import FRESH, MEAN_DIFFERENCE, UNEMBEDDING, Arm
 from sae_steer.interventions.gates import Gate
 from sae_steer.interventions.measure import Measure, OnsetRows
 from sae_steer.interventions.readings import (
@@ -31,7 +31,7 @@ from sae_steer.interventions.readings import (
     read_joint_controls,
     trials,
 )
-from sae_steer.interventions.verdict import ModeTests, Verdict, judge, judge_study, listed
+from sae_steer.interventions.verdict import LEVEL, ModeTests, Verdict, judge, judge_study, listed
 from sae_steer.pair.texts import Text
 from sae_steer.runtime import Progress, silent
 from sae_steer.settings import InterveneSettings
@@ -47,8 +47,7 @@ class Evidence:
 
     verdict: str
     verdicts: dict[str, Verdict]
-    gates: tuple[Gate, ...]
-    """Of the study."""
+    """By variant."""
     record: dict
     """The part of a study's record that the readings fill."""
     trials: dict[str, np.ndarray]
@@ -60,35 +59,271 @@ def weigh(
     measure: Measure,
     settings: InterveneSettings,
     *,
-    study_gates: Sequence[Gate] = (),
+    known_gates: Sequence[Gate] = (),
     on_step: Progress = silent,
 ) -> Evidence:
     """The evidence on one direction, from its arms and the confirm texts.
 
     Args:
-        study_gates: gates that hold of all arms alike and were checked before, such as the dictionary's.
+        known_gates: gates that hold of all arms alike and were checked before, such as the dictionary's.
     """
     onsets = Onsets.of(texts, settings)
-    for mode in MODES:
-        stats.check_clusters(onsets.of_mode(mode).task)
+    stats.check_clusters(onsets.single.task)
     readings = []
     for done, arm in enumerate(arms):
-        on_step(done, len(arms) + 1, f"{arm.variant.name}: exact effects")
+        on_step(done, len(arms), f"{arm.variant.name}: exact effects")
         readings.append(read_arm(arm, onsets, measure, settings))
-    on_step(len(arms), len(arms) + 1, "tests and gates")
-    weighing = Weighing(tuple(readings), onsets, measure, settings, tuple(study_gates))
-    verdicts = weighing.verdicts()
-    name = judge_study({variant: verdict for variant, verdict in verdicts.items()})
+    weighing = Weighing(tuple(readings), texts, onsets, measure, settings)
+    common = [*known_gates, weighing.gap_gate()]
+    judged = {r.arm.variant.name: weighing.judge(r, common) for r in readings}
+    verdicts = {name: verdict for name, (verdict, _) in judged.items()}
     record = {
-        "primary_dose": settings.primary_dose,
-        "gap": weighing.gap_record(),
-        "baseline": {mode: {r.arm.variant.name: float(r.base(mode).mean()) for r in readings} for mode in MODES},
-        "bound": weighing.bound_record(),
-        "verdict": name,
-        "verdicts_listed": listed(verdicts),
+        "verdict": judge_study(verdicts),
+        "verdicts": listed(verdicts),
         "quick": settings.quick,
-        "gates": [weighing.gate_record(gate) for gate in weighing.study_gates()],
-        "variants": [weighing.variant_record(reading, verdicts[reading.arm.variant.name]) for reading in readings],
+        "primary_dose": settings.primary_dose,
+        "bound": weighing.bound_record(),
+        "gap": {mode: weighing.gap_record(mode) for mode in MODES},
+        "baseline": {mode: {r.arm.variant.name: float(r.base(mode).mean()) for r in readings} for mode in MODES},
+        "gates": [gate_record(gate) for gate in common],
+        "variants": [record for _, record in judged.values()],
     }
-    on_step(len(arms) + 1, len(arms) + 1, "judged")
-    return Evidence(name, verdicts, tuple(weighing.study_gates()), record, trials(readings, onsets, settings))
+    on_step(len(arms), len(arms), "judged")
+    return Evidence(record["verdict"], verdicts, record, trials(readings, onsets, settings))
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """All readings of a study, and the tests they are put to."""
+
+    readings: tuple[ArmReading, ...]
+    texts: Sequence[Text]
+    onsets: Onsets
+    measure: Measure
+    settings: InterveneSettings
+
+    @cached_property
+    def gap(self) -> dict[str, Float[np.ndarray, " row"]]:
+        """The measure in the target model minus that in the reference, at the same onsets."""
+        target = next(r for r in self.readings if r.arm.variant.edits_target)
+        reference = next(r for r in self.readings if not r.arm.variant.edits_target)
+        return {mode: target.base(mode) - reference.base(mode) for mode in MODES}
+
+    def against(self, effect: Float[np.ndarray, " row"], mode: str, *, times: float = 1.0) -> AgainstBound:
+        """An effect against `times` the bound."""
+        settings = self.settings
+        return stats.against_bound(
+            effect[:, None],
+            self.gap[mode][:, None],
+            self.onsets.of_mode(mode).task,
+            share=times * settings.bound_share,
+            cap=times * settings.bound_cap,
+            draws=settings.bootstrap_draws,
+            seed=settings.seed,
+        )
+
+    @cached_property
+    def compared(self) -> dict[tuple[str, str], AgainstBound]:
+        """{(variant, mode): the edit at the primary dose against the bound}."""
+        dose = self.settings.primary_dose
+        return {
+            (r.arm.variant.name, mode): self.against(r.effect(mode, EDIT, dose), mode)
+            for r in self.readings
+            for mode in MODES
+        }
+
+    @cached_property
+    def corrected(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """{(variant, mode): p above, p below}, Holm-corrected over all of them.
+
+        No effect is near both ends of the bound, so the smaller p of the two sides is one test, not two.
+        """
+        sides = np.array([[c.p_above[0], c.p_below[0]] for c in self.compared.values()])
+        adjusted = stats.holm(sides.min(axis=1))
+        found = {}
+        for key, (above, below), p in zip(self.compared, sides, adjusted, strict=True):
+            found[key] = (float(p), 1.0) if above <= below else (1.0, float(p))
+        return found
+
+    def judge(self, found: ArmReading, common: Sequence[Gate]) -> tuple[Verdict, dict]:
+        """A variant's verdict and its part of the record."""
+        arm, settings = found.arm, self.settings
+        name, dose = arm.variant.name, settings.primary_dose
+        single = effects.control_records(
+            float(found.effect("single", EDIT, dose).mean()), self._control_means(found), settings
+        )
+        joint = self._joint_controls(found, single)
+        ranks = {"single": effects.worst_rank(single), "joint": effects.worst_rank(joint["families"])}
+        tests = {
+            mode: ModeTests(
+                *self.corrected[name, mode],
+                inside=bool(self.compared[name, mode].inside(LEVEL)[0]),
+                specific_p=ranks[mode],
+            )
+            for mode in MODES
+        }
+        checked = [*self._arm_gates(found, single)]
+        needs = {mode: self._sample_size(found, mode) for mode in MODES}
+        most = max(needs.values(), key=lambda size: size.onsets)
+        sentence = f"about {most.onsets:,} onsets of {most.clusters:,} tasks would decide"
+        verdict = judge(arm.variant.predicted_sign, tests, [*common, *checked], needs=sentence)
+        record = {
+            "variant": name,
+            "model": arm.model.name,
+            "site": f"blocks.{arm.layer}.hook_resid_post",
+            "predicted_sign": arm.variant.predicted_sign,
+            "direction": arm.flavour,
+            "verdict": verdict.name,
+            "why": verdict.why,
+            "gates": [gate_record(gate) for gate in checked],
+            **{
+                mode: {
+                    **effects.mode_record(found, mode, self.onsets.of_mode(mode), self.gap[mode], settings),
+                    "tests": self._test_record(found, mode, tests[mode], needs[mode]),
+                }
+                for mode in MODES
+            },
+            "elsewhere": effects.estimates(
+                found.elsewhere.value[:, 1:] - found.elsewhere.value[:, :1], self.onsets.joint, settings
+            )[0],
+            "controls": single,
+            "joint_controls": joint,
+            "by_task": effects.task_means(found.effect("single", EDIT, dose), self.onsets.single),
+        }
+        return verdict, record
+
+    def _control_means(self, found: ArmReading) -> dict[tuple[str, float], Float[np.ndarray, " direction"]]:
+        base = found.base("single")[:, None]
+        return {key: (value - base).mean(axis=0) for key, value in found.controls.items()}
+
+    def _joint_controls(self, found: ArmReading, single: Sequence[dict]) -> dict:
+        """Joint controls: a few of each family, or all of them where the verdict turns on the joint effect."""
+        name, arm, settings = found.arm.variant.name, found.arm, self.settings
+        rank = effects.worst_rank(single)
+        decided = min(self.corrected[name, "single"]) <= LEVEL and rank is not None and rank <= LEVEL
+        reading, count = found.joint_few, settings.ribbon
+        if min(self.corrected[name, "joint"]) <= LEVEL and not decided:
+            count = settings.controls
+            reading = read_joint_controls(arm, self.onsets, self.measure, settings, count=count)
+        means = (reading.value - reading.value[:, :1]).mean(axis=0)
+        by_family = {(family, settings.primary_dose): means[at] for family, at in families_of(arm, count).items()}
+        return {
+            "n": len(self.onsets.few),
+            "tasks": self.onsets.few.tasks,
+            "edit_mean": float(means[1]),
+            "families": effects.control_records(float(means[1]), by_family, settings),
+        }
+
+    def gap_gate(self) -> Gate:
+        """Gate 8."""
+        gap = self.gap_record("single")
+        return gates.gap_gate(gap["mean"], gap["low"], gap["high"])
+
+    def _arm_gates(self, found: ArmReading, single: Sequence[dict]) -> list[Gate]:
+        arm, settings = found.arm, self.settings
+        same = all(
+            np.array_equal(found.reading(mode).value[:, found.column(EDIT, dose)], found.base(mode))
+            for mode in MODES
+            for direction, dose in found.columns
+            if direction == EDIT and dose == 0
+        )
+        checked = gates.check_replay(
+            arm, self._gate_rows(found), self.measure, settings.primary_dose, settings.positions
+        )
+        return [
+            gates.dose_zero(same),
+            *checked,
+            gates.basis_gate(arm),
+            self._patch_gate(found),
+            self._size_gate(found),
+            self._calibration_gate(found, single),
+        ]
+
+    def _gate_rows(self, found: ArmReading) -> OnsetRows:
+        """The single onsets of a few texts, those with the most edited rows first."""
+        moved = found.single.delivered[:, found.column(EDIT, self.settings.primary_dose)] > 0
+        prompts, where = np.unique(self.onsets.single.prompt, return_inverse=True)
+        chosen = prompts[np.argsort(-np.bincount(where, moved), kind="stable")[:GATE_TEXTS]]
+        texts = [text for text in self.texts if text.prompt in chosen]
+        rows = self.onsets.single
+        return OnsetRows.of(texts, [np.sort(rows.position[rows.prompt == text.prompt]) for text in texts])
+
+    def _patch_gate(self, found: ArmReading) -> Gate:
+        beyond, said = self._beyond(found, PATCH, times=1.0)
+        return gates.patch_gate(beyond, f"{said}; map's held-out R2 {found.arm.patch_r2:.3f}")
+
+    def _size_gate(self, found: ArmReading) -> Gate:
+        names = [name for name in (MEAN_DIFFERENCE, UNEMBEDDING) if name in found.arm.positives]
+        results = {name: self._beyond(found, name, times=2.0) for name in names}
+        beyond = {f"{name}, {mode}": held for name, (by_mode, _) in results.items() for mode, held in by_mode.items()}
+        said = "; ".join(f"{name} {said}" for name, (_, said) in results.items())
+        return gates.size_gate(beyond, said or "no positive control can be made for this measure")
+
+    def _beyond(self, found: ArmReading, direction: str, *, times: float) -> tuple[dict[str, bool], str]:
+        """Whether a direction goes beyond `times` the bound as predicted, by mode, and what it did."""
+        sign, dose, held, said = found.arm.variant.predicted_sign, self.settings.primary_dose, {}, []
+        for mode in MODES:
+            effect = found.effect(mode, direction, dose)
+            held[mode] = bool(self.against(effect, mode, times=times).beyond(sign, LEVEL)[0])
+            said.append(f"{100 * effect.mean():+.2f} ({mode})")
+        return held, f"{', '.join(said)} points"
+
+    def _calibration_gate(self, found: ArmReading, single: Sequence[dict]) -> Gate:
+        """Gate 7: fresh directions through the same two tests, in the single mode."""
+        fresh = found.controls[FRESH, self.settings.primary_dose] - found.base("single")[:, None]
+        sign = found.arm.variant.predicted_sign
+        ranked = [np.array(record["means"]) for record in single if record["ranked"]]
+        causal = 0
+        for effect in fresh.T:
+            mean = float(effect.mean())
+            if all(stats.rank_p(mean, null) <= LEVEL for null in ranked):
+                causal += bool(self.against(effect, "single").beyond(sign, LEVEL)[0])
+        return gates.calibration_gate(causal, fresh.shape[1], found.arm.fresh_family)
+
+    def _sample_size(self, found: ArmReading, mode: str) -> stats.SampleSize:
+        """What it would take to place this effect inside the bound."""
+        effect, compared = (
+            found.effect(mode, EDIT, self.settings.primary_dose),
+            self.compared[found.arm.variant.name, mode],
+        )
+        bound = float(compared.bound[0])
+        share = self.settings.bound_share * np.abs(self.gap[mode].mean()) <= self.settings.bound_cap
+        contrast = effect - self.settings.bound_share * self.gap[mode] if share else effect
+        return stats.sample_size(contrast, self.onsets.of_mode(mode).task, max(bound, 1e-12))
+
+    def _test_record(self, found: ArmReading, mode: str, tests: ModeTests, needs: stats.SampleSize) -> dict:
+        compared, settings = self.compared[found.arm.variant.name, mode], self.settings
+        effect, task = found.effect(mode, EDIT, settings.primary_dose), self.onsets.of_mode(mode).task
+        se, clusters, bound = float(compared.effect.se[0]), compared.clusters, float(compared.bound[0])
+        flips = stats.sign_flip_p(effect[:, None], task, draws=settings.bootstrap_draws, seed=settings.seed)
+        return {
+            "low_90": float(compared.effect.low[0]),
+            "high_90": float(compared.effect.high[0]),
+            "p_above_holm": tests.p_above,
+            "p_below_holm": tests.p_below,
+            "p_inside": float(compared.p_inside[0]),
+            "inside": tests.inside,
+            "specific_p": tests.specific_p,
+            "detectable_p": float(flips[0]),
+            "minimum_detectable": float(stats.minimum_detectable(se, clusters)),
+            "minimum_beyond_bound": float(stats.minimum_detectable(se, clusters, bound=bound)),
+            "onsets_for_null": needs.onsets,
+            "tasks_for_null": needs.clusters,
+            "deff": needs.deff,
+            "icc": needs.icc,
+        }
+
+    def gap_record(self, mode: str) -> dict:
+        """The gap with its interval."""
+        return effects.estimates(self.gap[mode][:, None], self.onsets.of_mode(mode), self.settings)[0]
+
+    def bound_record(self) -> dict:
+        """The bound as fixed, and as it comes out at the estimated gap."""
+        settings = self.settings
+        first = next(iter(self.compared.values()))
+        return {"share": settings.bound_share, "cap": settings.bound_cap, "value": float(first.bound[0])}
+
+
+def gate_record(gate: Gate) -> dict:
+    """A gate for a record."""
+    return {"gate": gate.number, "name": gate.name, "passed": gate.passed, "detail": gate.detail}

@@ -1,8 +1,11 @@
-"""The card's own measure: the share of regulation steps in sampled plans, steered and not, against the A/A null.
+"""The card's own measure: the share of regulation steps in sampled plans, steered and not.
 
-Arms draw noise of their own, so they are compared with what two samples of the unedited model differ by:
-each null draw takes two different baseline seeds of every prompt. The observed difference is that of one
-steered and one baseline sample a prompt, and so is distributed like the null if the edit does nothing.
+Unpaired, against the A/A null: what two samples of the unedited model differ by. Each null draw takes two different
+seeds of every prompt, and the observed difference is that of a steered and a baseline sample with noise of their
+own, so it is distributed like the null if the edit does nothing.
+
+Paired, with common random numbers: a steered and a baseline sample that share their noise differ by less, and are
+compared by a sign-flip over tasks (never with the A/A null, which called a true +3.7 points noise in 93 % of runs).
 """
 
 from collections.abc import Sequence
@@ -10,12 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from sae_steer import stats
 from sae_steer.cache import site
 from sae_steer.corpus import parse_plan
-from sae_steer.interventions.variants import FeatureEdit, Variant
+from sae_steer.interventions.bench import Arm
 from sae_steer.model.replay import edited
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.quality import sample_plans, step_counts
@@ -24,83 +27,82 @@ from sae_steer.settings import InterveneSettings
 
 STEPS, STRICT, LENIENT = range(3)
 MATCHERS = {"strict": STRICT, "lenient": LENIENT}
-CHUNK = 640
-"""Plans sampled at once."""
-
-Counts = Int[np.ndarray, "prompt 3"]
-"""Steps, target steps, steps with a lenient keyword."""
+TOGETHER = 8
+"""Parts of the prompts sampled at once: 640 plans by default."""
 
 
-def plan_titles(pair: ModelPair, texts: Sequence[Text]) -> list[str]:
-    """What to sample plans for: the titles of the texts, or none if one of them is no plan."""
+def plan_prompts(pair: ModelPair, texts: Sequence[Text]) -> list[tuple[str, int]]:
+    """(title, task) of what to sample plans for: those of the texts, or none if one of them is no plan."""
     plans = [parse_plan(pair.tokenizer.decode(text.token.tolist())) for text in texts]
     if pair.onsets.regex is not None or not all(plan.well_formed for plan in plans):
         return []
-    return [plan.title for plan in plans]
+    return [(plan.title, text.task) for plan, text in zip(plans, texts, strict=True)]
 
 
 @dataclass(frozen=True)
 class SampledArms:
-    """Samples of plans under each variant's edit, and of the unedited models once."""
+    """Samples of plans under each arm's edit, and of the unedited models once."""
 
     pair: ModelPair
-    layer: int
-    """The dictionary's."""
-    edit: FeatureEdit
-    titles: list[str]
+    prompts: list[tuple[str, int]]
+    """(title, task)."""
     settings: InterveneSettings
     _baselines: dict[str, Int[np.ndarray, "prompt seed 3"]] = field(default_factory=dict)
 
-    def read(self, variant: Variant, number: int) -> dict | None:
-        """One sample a prompt under the variant's edit at every delimiter, compared with the baseline.
+    def read(self, arm: Arm) -> dict | None:
+        """Samples under the arm's edit at every delimiter, compared with the baseline's.
 
         None without prompts, and if the unedited model writes so few steps that a null draw could hold none.
-        `number` fixes the arm's noise; that of the baseline is 0.
         """
-        if not self.titles:
+        if not self.prompts:
             return None
-        model = variant.model(self.pair)
-        baseline = self._baseline(model)
+        baseline = self._baseline(arm.model)
         if not baseline[..., STEPS].min(axis=1).any():
             return None
         delimiters = tuple(self.pair.tokenizer.token_id(token) for token in self.pair.onsets.tokens)
-        steer = edited(
-            model.decoder,
-            site(self.layer - variant.layers_below),
-            self.edit.of(variant, self.settings.primary_dose),
-            after=delimiters,
-        )
-        return compare(self._sample(model, self.titles, number, steer), baseline, self.settings)
+        edit = arm.edit(self.settings.primary_dose)
+        steer = edited(arm.model.decoder, site(arm.layer), edit, after=delimiters)
+        counts = self._sample(arm.model, min(self.settings.paired_seeds, self.settings.baseline_seeds - 1), steer)
+        return compare(counts, baseline, np.array([task for _, task in self.prompts]), self.settings)
 
     def _baseline(self, model: NamedModel) -> Int[np.ndarray, "prompt seed 3"]:
         if model.name not in self._baselines:
-            seeds = self.settings.baseline_seeds
-            counts = self._sample(model, self.titles * seeds, 0, nullcontext())
-            self._baselines[model.name] = counts.reshape(seeds, len(self.titles), 3).transpose(1, 0, 2)
+            self._baselines[model.name] = self._sample(model, self.settings.baseline_seeds, nullcontext())
         return self._baselines[model.name]
 
-    def _sample(self, model: NamedModel, titles: list[str], number: int, edit: AbstractContextManager) -> Counts:
-        texts: list[str] = []
+    def _sample(self, model: NamedModel, seeds: int, edit: AbstractContextManager) -> Int[np.ndarray, "prompt seed 3"]:
+        """One plan a prompt and seed; the same seed is the same noise, edited or not."""
+        titles, texts = [title for title, _ in self.prompts], []
         temperature, seed = self.settings.temperature, self.settings.seed
         with edit:
-            for start in range(0, len(titles), CHUNK):
-                part = titles[start : start + CHUNK]
-                texts += sample_plans(self.pair, model, part, temperature=temperature, seeds=(seed, number, start))
-        return step_counts(texts, self.pair)
+            for start in range(0, seeds, TOGETHER):
+                parts = range(start, min(start + TOGETHER, seeds))
+                texts += sample_plans(
+                    self.pair, model, titles * len(parts), temperature=temperature, seeds=(seed,), parts=parts
+                )
+        return step_counts(texts, self.pair).reshape(seeds, len(titles), 3).transpose(1, 0, 2)
 
 
-def compare(counts: Counts, baseline: Int[np.ndarray, "prompt seed 3"], settings: InterveneSettings) -> dict:
-    """The arm's rates, their difference from one baseline sample a prompt, and the null of such differences."""
-    once = baseline[:, 0]
+def compare(
+    counts: Int[np.ndarray, "prompt paired 3"],
+    baseline: Int[np.ndarray, "prompt seed 3"],
+    task: Int[np.ndarray, " prompt"],
+    settings: InterveneSettings,
+) -> dict:
+    """The arm's rates, its difference from a baseline with other noise beside the A/A null, and from one with the same.
+
+    Seed i of `counts` has the noise of seed i of `baseline`.
+    """
+    steered, other = counts[:, 0], baseline[:, -1]
     found = {
-        "texts": len(counts),
-        "steps": int(counts[:, STEPS].sum()),
-        "mean_step_count": float(counts[:, STEPS].mean()),
+        "texts": len(steered),
+        "steps": int(steered[:, STEPS].sum()),
+        "mean_step_count": float(steered[:, STEPS].mean()),
     }
     for matcher, column in MATCHERS.items():
         hits, steps = baseline[..., column], baseline[..., STEPS]
         null = stats.aa_null(hits, steps, draws=settings.null_draws, seed=settings.seed)
-        rate, unedited = _rate(counts, column), _rate(once, column)
+        rate, unedited = _rate(steered, column), _rate(other, column)
         low, high = np.quantile(null, [0.025, 0.975])
         found[matcher] = {
             "rate": rate,
@@ -111,10 +113,38 @@ def compare(counts: Counts, baseline: Int[np.ndarray, "prompt seed 3"], settings
             "null_high": float(high),
             "null_sd": float(null.std()),
             "p": stats.rank_p(rate - unedited, null),
+            "paired": _paired(counts, baseline[:, : counts.shape[1]], column, task, settings),
         }
     return found
 
 
-def _rate(counts: Counts, column: int) -> float:
+def _paired(
+    counts: Int[np.ndarray, "prompt paired 3"],
+    baseline: Int[np.ndarray, "prompt paired 3"],
+    column: int,
+    task: Int[np.ndarray, " prompt"],
+    settings: InterveneSettings,
+) -> dict:
+    """The mean difference of a plan's share of matched steps, both samples with the same noise."""
+    difference = (_shares(counts, column) - _shares(baseline, column)).mean(axis=1, keepdims=True)
+    draws = {"draws": settings.bootstrap_draws, "seed": settings.seed}
+    if len(np.unique(task)) < 2:
+        return {"delta": float(difference.mean()), "low": None, "high": None, "p": None, "plans": counts[..., 0].size}
+    found = stats.cluster_bootstrap(difference, task, **draws)
+    return {
+        "delta": float(found.mean[0]),
+        "low": float(found.low[0]),
+        "high": float(found.high[0]),
+        "p": float(stats.sign_flip_p(difference, task, **draws)[0]),
+        "plans": counts[..., 0].size,
+    }
+
+
+def _shares(counts: Int[np.ndarray, "prompt paired 3"], column: int) -> Float[np.ndarray, "prompt paired"]:
+    """Each plan's share of matched steps; 0 for one without steps."""
+    return counts[..., column] / np.maximum(counts[..., STEPS], 1)
+
+
+def _rate(counts: Int[np.ndarray, "prompt 3"], column: int) -> float:
     """Matched steps over steps; 0 for an arm that wrote none."""
     return float(counts[:, column].sum() / max(counts[:, STEPS].sum(), 1))

@@ -1,95 +1,70 @@
-"""A feature's causal effect on the target behaviour, under four interventions.
+"""A direction's causal effect on the target behaviour, under the interventions that can be made with it.
 
-1. Onsets of confirm-split texts in the target's rendering; the same ones for all variants.
-2. s, the size of dose 1: the median norm of the feature's contribution where it is active, on the tune split.
-3. Each variant edits its model at each onset alone (single), and at all onsets of a text together (joint),
-   at every dose; the measure is the exact probability of the target tokens there, before and after.
-4. Effects in points of probability and as a share of the gap between the models, with intervals that resample
-   tasks; isotropic directions of the same delivered length show what any vector of that size would do.
-5. The card's own measure: the regulation rate of sampled plans at dose 1, against the A/A null.
+1. The plan is written: source, settings, measured tokens, the content of every split.
+2. On train and tune texts: maps between the models' streams, the size of dose 1, control directions.
+3. On confirm texts, onsets in the target's rendering, the same for all variants: `protocol.weigh`.
+4. Beside it the card's own measure: the regulation rate of sampled plans at dose 1.
 
-The verdict on such evidence is not drawn here yet: `verdict` is None.
+A feature that hardly fires is not tested: its verdict is INVALID, with the counts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from torch import Tensor
 
-from sae_steer.cache import ActivationCache, site
+from sae_steer.cache import ActivationCache
+from sae_steer.corpus import TargetTokens
 from sae_steer.dictionary import Dictionary, check_fits
 from sae_steer.errors import InputError
-from sae_steer.interventions.bench import MODES, Bench, VariantReading, choose_onsets, estimates
+from sae_steer.interventions import directions, gates
+from sae_steer.interventions.bench import Bench
 from sae_steer.interventions.firings import count_firings, why_untested
-from sae_steer.interventions.sampled import SampledArms, plan_titles
-from sae_steer.interventions.variants import FeatureEdit, Variant, four_variants
+from sae_steer.interventions.plan import Plan, fix_plan
+from sae_steer.interventions.protocol import weigh
+from sae_steer.interventions.readings import Onsets
+from sae_steer.interventions.sampled import SampledArms, plan_prompts
+from sae_steer.interventions.splicing import ce_recovered
+from sae_steer.interventions.table import table
+from sae_steer.interventions.transport import embedding_check
+from sae_steer.interventions.variants import Direction
+from sae_steer.interventions.verdict import INVALID
+from sae_steer.model.readout import TargetMass
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.records import provenance, read_json, read_table, write_json, write_table
-from sae_steer.runtime import Progress, silent
-from sae_steer.settings import InterveneSettings
+from sae_steer.runtime import Progress, sha256, silent
+from sae_steer.settings import SPLITS, InterveneSettings
 
 RECORD_FILE, TRIALS_FILE = "results.json", "trials.parquet"
+FIT_TEXTS = 300
+"""Train texts on which the maps between the streams are fitted."""
+
+Source = int | str | Path | Tensor
+"""A feature's index, one of `directions.SOURCES`, a file with a vector, or a vector."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """The record of one feature's interventions and the trials it rests on."""
+    """The record of one direction's interventions and the trials it rests on."""
 
     record: dict
     trials: Mapping[str, np.ndarray]
 
     @property
-    def verdict(self) -> str | None:
-        """None: this version measures and does not judge."""
+    def verdict(self) -> str:
+        """NULL, CAUSAL, OPPOSITE, NON-SPECIFIC, INCONCLUSIVE or INVALID."""
         return self.record["verdict"]
 
     @property
     def tested(self) -> bool:
-        """Whether the feature fired often enough to be tested."""
+        """Whether the direction could be tested at all."""
         return self.record["tested"]
 
     def table(self) -> str:
-        """What was measured at the primary dose: exact effects of each variant, then the sampled plans."""
-        if not self.tested:
-            return self.record["reason"]
-        firings, gap = self.record["firings"], self.record["gap"]
-        lines = [
-            f"fires at {firings['onsets']} of {firings['of_onsets']} onsets, of {firings['tasks']} tasks; dose 1 adds "
-            f"or takes {firings['s']:.3g}, {firings['s_share_of_resid_norm']:.1%} of the median residual norm "
-            f"({firings['s_from']})",
-            f"target tokens begin {self.record['target_tokens']['coverage']:.1%} of the target steps; the models "
-            f"differ by {_points(gap['single'])} points at the onsets edited singly, {_points(gap['joint'])} jointly",
-            f"{'variant':<12} {'model':<10} {'single, points':>24} {'joint, points':>24} {'of the gap':>11} "
-            f"{'random, points':>18}",
-        ]
-        lines += [self._exact(variant) for variant in self.record["variants"]]
-        return "\n".join([*lines, *self._sampled()])
-
-    def _exact(self, variant: Mapping) -> str:
-        single, joint = (self._primary(variant[mode]) for mode in MODES)
-        bounded = single["share_low"] is not None and single["share_high"] is not None
-        share = f"{100 * single['share']:+.1f} %" if bounded else "n/a"
-        controls = f"[{100 * variant['controls']['low']:+.2f}, {100 * variant['controls']['high']:+.2f}]"
-        line = (
-            f"{variant['variant']:<12} {variant['model']:<10} {_points(single):>24} {_points(joint):>24} {share:>11} "
-            f"{controls:>18}"
-        )
-        if single["coverage"] == 1:
-            return line
-        return f"{line}  {100 * single['mean_where_edited']:+.2f} at the {single['coverage']:.0%} where it fires"
-
-    def _sampled(self) -> list[str]:
-        return [
-            f"{variant['variant']:<12} {variant['model']:<10} in sampled plans {100 * strict['delta']:+.1f} points, "
-            f"unedited against unedited [{100 * strict['null_low']:+.1f}, {100 * strict['null_high']:+.1f}]"
-            for variant in self.record["variants"]
-            if variant["sampled"] and (strict := variant["sampled"]["strict"])
-        ]
-
-    def _primary(self, effects: Mapping) -> Mapping:
-        return next(row for row in effects["doses"] if row["dose"] == self.record["primary_dose"])
+        """The verdict, why, and what was measured at the primary dose."""
+        return table(self.record)
 
     def save(self, folder: Path) -> Path:
         """Write `trials.parquet` and `results.json`; returns the latter.
@@ -112,62 +87,180 @@ def load_study(folder: Path) -> Study:
 
 
 def study_provenance(
-    pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, feature: int, settings: InterveneSettings
+    pair: ModelPair,
+    cache: ActivationCache,
+    dictionary: Dictionary,
+    source: Source,
+    settings: InterveneSettings,
+    leave_out: Collection[int] | None = None,
 ) -> dict:
     """What fixes a study's result."""
-    inputs = {"pair": pair.sha256, "cache": cache.sha256, "dictionary": dictionary.sha256, "feature": str(feature)}
+    inputs = {
+        "pair": pair.sha256,
+        "cache": cache.sha256,
+        "dictionary": dictionary.sha256,
+        "direction": _identity(source),
+        "specific_features": "by the tune texts" if leave_out is None else sha256(repr(sorted(leave_out)).encode()),
+    }
     return provenance(settings=settings, inputs=inputs)
+
+
+def plan_study(pair: ModelPair, cache: ActivationCache, origin: Mapping, folder: Path, *, force: bool = False) -> Plan:
+    """The plan of the study with this provenance, fixed in `folder` before its confirm texts are read."""
+    shards = cache.manifest["shards"]
+    splits = {split: sha256("/".join(s["sha256"] for s in shards if s["split"] == split).encode()) for split in SPLITS}
+    wanted = {
+        "direction": origin["inputs"]["direction"],
+        "inputs": origin["inputs"],
+        "settings": origin["settings"],
+        "target_tokens": list(cache.target_tokens(pair).ids),
+        "splits": splits,
+    }
+    return fix_plan(folder, wanted, force=force)
 
 
 def intervene(
     pair: ModelPair,
     dictionary: Dictionary,
     *,
-    feature: int,
+    feature: int | None = None,
+    direction: str | Path | Tensor | None = None,
     cache: ActivationCache,
     settings: InterveneSettings | None = None,
+    leave_out: Collection[int] | None = None,
+    plan: Plan | None = None,
     on_step: Progress = silent,
 ) -> Study:
-    """Measure what `feature` does to the probability of target tokens, by all four interventions."""
+    """Measure and judge what a `feature` of the dictionary, or a `direction`, does to the probability of target tokens.
+
+    Args:
+        direction: `mean-difference`, `unembedding`, `random`, a .npy, .pt, .safetensors or .json file, or a vector
+            of the target model's stream after the dictionary's layer.
+        leave_out: the features of the scan that are specific to the target, which are no controls; by default
+            those that are on the tune texts.
+        plan: what was fixed before; its hash goes into the record.
+    """
     settings = settings or InterveneSettings()
     _check(pair, cache, dictionary, settings)
-    dictionary.sae.direction(feature)  # an index outside the dictionary ends here
-    texts = cache.own_texts("confirm", pair.target.name)[: settings.prompts]
-    onsets = choose_onsets(texts, settings)
-    firings = count_firings(cache, dictionary, feature, onsets["joint"], onsets["single"], settings)
+    if (feature is None) == (direction is None):
+        raise InputError("name either a feature or a direction, not both")
+    source = feature if direction is None else direction
+    if feature is not None:
+        dictionary.sae.direction(feature)  # an index outside the dictionary ends here
+    tokens = cache.target_tokens(pair)
+    bench = _bench(pair, dictionary, cache, tokens, settings)
+    found = find_direction(bench, dictionary, source)
     record = {
-        "provenance": study_provenance(pair, cache, dictionary, feature, settings),
+        "provenance": study_provenance(pair, cache, dictionary, source, settings, leave_out),
+        "plan": plan.record() if plan else None,
         "dictionary": dictionary.name,
         "dictionary_sha256": dictionary.sha256,
         "feature": feature,
-        "note": f"an index belongs to its dictionary: feature {feature} of this one is not feature {feature} of any "
-        "other, nor of the released InterpGPT dictionaries",
+        "direction": _name(source),
+        "note": _note(source),
         "pair": pair.name,
-        "verdict": None,
-    }
-    reason = why_untested(firings, feature, dictionary, settings)
-    if reason:
-        return Study({**record, "tested": False, "reason": reason, "firings": firings}, {})
-    tokens = cache.target_tokens(pair)
-    edit = FeatureEdit(dictionary.sae, feature, firings["s"])
-    bench = Bench(pair, dictionary.layer, edit, tokens.ids, onsets, settings)
-    arms = SampledArms(pair, dictionary.layer, edit, plan_titles(pair, texts[: settings.generations]), settings)
-    variants = four_variants(settings.upstream)
-    readings, sampled, stages = [], [], 2 * len(variants)
-    for number, variant in enumerate(variants):
-        on_step(number, stages, f"{variant.name}: exact effects")
-        readings.append(bench.read(variant))
-    for number, variant in enumerate(variants):
-        on_step(len(variants) + number, stages, f"{variant.name}: sampled plans")
-        sampled.append(arms.read(variant, 1 + number))
-    on_step(stages, stages, "measured")
-    measured = {
-        "tested": True,
-        "firings": firings,
         "target_tokens": tokens.described(pair.tokenizer),
-        **_measured(bench, variants, readings, sampled),
     }
-    return Study({**record, **measured}, bench.trials(variants, readings))
+    texts = cache.own_texts("confirm", pair.target.name)[: settings.prompts]
+    known, firings, reason = _dictionary_gate(bench, dictionary, found, texts, feature)
+    if reason or found is None:
+        untested = {"tested": False, "reason": reason, "firings": firings, "verdict": INVALID, "quick": settings.quick}
+        return Study({**record, **untested}, {})
+    arms = bench.arms(found, leave_out=leave_out)
+    stages = 2 * len(arms)
+    evidence = weigh(
+        arms, texts, bench.measure, settings,
+        known_gates=known, on_step=lambda done, total, note="": on_step(done, stages, note),
+    )  # fmt: skip
+    sampled = SampledArms(pair, plan_prompts(pair, texts[: settings.generations]), settings)
+    for number, (arm, variant) in enumerate(zip(arms, evidence.record["variants"], strict=True), len(arms)):
+        on_step(number, stages, f"{arm.variant.name}: sampled plans")
+        variant["sampled"] = sampled.read(arm)
+    on_step(stages, stages, "measured")
+    measured = {"tested": True, "reason": None, "firings": firings, "basis": _basis(bench), **evidence.record}
+    return Study({**record, **measured}, evidence.trials)
+
+
+def find_direction(bench: Bench, dictionary: Dictionary, source: Source) -> Direction | None:
+    """The direction a source names, with its size; None for a feature that is silent on the tune texts."""
+    d_model = bench.target.decoder.shape.d_model
+    if isinstance(source, int):
+        return directions.feature_direction(dictionary.sae, source, bench.tune_rows, bench.tuned.is_onset)
+    if source == "mean-difference":
+        return bench.mean_difference
+    if source == "unembedding":
+        assert isinstance(bench.measure, TargetMass)
+        vector = directions.unembedding(bench.target.decoder, bench.measure.ids)
+        return directions.of_vector(source, vector, bench.mean_difference.s)
+    if source == "random":
+        vector = directions.random_direction(d_model, bench.settings.seed)
+        return directions.of_vector(source, vector, bench.mean_difference.s)
+    vector = source if isinstance(source, Tensor) else directions.read_vector(Path(source), d_model)
+    if vector.numel() != d_model:
+        raise InputError(f"the direction has {vector.numel()} numbers and the stream {d_model} dimensions")
+    return directions.of_vector(_name(source), vector.reshape(d_model), None)
+
+
+def _bench(
+    pair: ModelPair,
+    dictionary: Dictionary,
+    cache: ActivationCache,
+    tokens: TargetTokens,
+    settings: InterveneSettings,
+) -> Bench:
+    own = pair.target.name
+    return Bench(
+        reference=pair.reference,
+        target=pair.target,
+        layer=dictionary.layer,
+        measure=TargetMass(tokens.ids),
+        settings=settings,
+        fit=cache.own_texts("train", own)[:FIT_TEXTS],
+        tune=cache.own_texts("tune", own),
+        dictionary=dictionary.sae,
+    )
+
+
+def _dictionary_gate(bench: Bench, dictionary: Dictionary, found: Direction | None, texts, feature: int | None):
+    """Gate 4, the firings it counts, and why the direction cannot be tested, if so; nothing for other directions."""
+    settings = bench.settings
+    if feature is None:
+        return [], None, None
+    name = f"feature {feature} of {dictionary.name}"
+    if found is None:
+        silent_ = directions.of_vector(name, dictionary.sae.direction(feature), None)
+        found = Direction(name, silent_.unit, 0.0, "nowhere", dictionary.sae, feature)
+    firings = count_firings(bench.target.decoder, bench.layer, found, Onsets.of(texts, settings), settings)
+    size = found.s or None
+    median = float(bench.tune_rows.norm(dim=1).median())
+    firings |= {"s": size, "s_from": found.s_from, "s_share_of_resid_norm": size and size / median}
+    reason = why_untested(firings, name)
+    if size is None:
+        reason = f"{name} fires nowhere in the tune texts, which would set its size"
+    if reason:
+        return [], firings, reason
+    draws = {"draws": settings.bootstrap_draws, "seed": settings.seed}
+    spliced = ce_recovered(bench.target.decoder, dictionary.sae, bench.tune, bench.layer, only_onsets=True, **draws)
+    return [gates.dictionary_gate(spliced, firings)], {**firings, "ce_recovered": spliced.record()}, None
+
+
+def _basis(bench: Bench) -> dict:
+    """Held-out R2 of the maps between the streams, and between the embedding tables."""
+    checks = {
+        f"resid_post {layer}": bench.bridge(bench.layer, layer).check for layer in sorted(bench.layers, reverse=True)
+    }
+    models = bench.target.decoder, bench.reference.decoder
+    checks["embeddings"] = embedding_check(*models, seed=bench.settings.seed)
+    return {
+        place: {
+            "identity_r2": check.identity_r2,
+            "procrustes_r2": check.procrustes_r2,
+            "affine_r2": check.affine_r2,
+            "n_fit": check.n_fit,
+            "n_test": check.n_test,
+        }
+        for place, check in checks.items()
+    }
 
 
 def _check(pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, settings: InterveneSettings) -> None:
@@ -187,40 +280,29 @@ def _check(pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, sett
         raise InputError(f"the primary dose {settings.primary_dose} is not among the doses {settings.doses}; add it")
 
 
-def _measured(
-    bench: Bench, variants: Sequence[Variant], readings: Sequence[VariantReading], sampled: Sequence[dict | None]
-) -> dict:
-    """The part of the record that the readings fill."""
-    gap = _gap(variants, readings)
-    return {
-        "primary_dose": bench.settings.primary_dose,
-        "gap": {mode: estimates(gap[mode][:, None], bench.onsets[mode], bench.settings)[0] for mode in MODES},
-        "baseline": {
-            mode: {v.name: float(r.base(mode).mean()) for v, r in zip(variants, readings, strict=True)}
-            for mode in MODES
-        },
-        "variants": [
-            {
-                "variant": variant.name,
-                "model": variant.model(bench.pair).name,
-                "site": site(bench.layer - variant.layers_below),
-                "predicted_sign": variant.predicted_sign,
-                **{mode: bench.effects(reading, mode, gap[mode]) for mode in MODES},
-                "controls": bench.controls(reading),
-                "sampled": arm,
-            }
-            for variant, reading, arm in zip(variants, readings, sampled, strict=True)
-        ],
-    }
+def _name(source: Source) -> str:
+    if isinstance(source, int):
+        return f"feature {source}"
+    return "a vector" if isinstance(source, Tensor) else Path(source).stem if _is_file(source) else str(source)
 
 
-def _gap(variants: Sequence[Variant], readings: Sequence[VariantReading]) -> dict[str, Float[np.ndarray, " row"]]:
-    """Target mass of the target model minus that of the reference model, at the same onsets."""
-    target = next(r for v, r in zip(variants, readings, strict=True) if v.edits_target)
-    reference = next(r for v, r in zip(variants, readings, strict=True) if not v.edits_target)
-    return {mode: target.base(mode) - reference.base(mode) for mode in MODES}
+def _is_file(source: Source) -> bool:
+    return isinstance(source, Path) or (isinstance(source, str) and source not in directions.SOURCES)
 
 
-def _points(row: Mapping) -> str:
-    """A mean and its interval in points of probability."""
-    return f"{100 * row['mean']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]"
+def _identity(source: Source) -> str:
+    """What fixes the direction besides the other inputs."""
+    if isinstance(source, Tensor):
+        return sha256(source.detach().double().cpu().numpy().tobytes())
+    if _is_file(source) and Path(source).is_file():
+        return sha256(Path(source))
+    return _name(source)
+
+
+def _note(source: Source) -> str:
+    if not isinstance(source, int):
+        return "the direction is one of the target model's stream after the dictionary's layer"
+    return (
+        f"an index belongs to its dictionary: feature {source} of this one is not feature {source} of any other, nor "
+        "of the released InterpGPT dictionaries"
+    )

@@ -80,7 +80,9 @@ class PairedRows:
     task: Int[np.ndarray, " row"]
 
     @classmethod
-    def of(cls, target: LanguageModel, reference: LanguageModel, texts: Sequence[Text], layers: tuple[int, ...]) -> "PairedRows":
+    def of(
+        cls, target: LanguageModel, reference: LanguageModel, texts: Sequence[Text], layers: tuple[int, ...]
+    ) -> "PairedRows":
         """Every position of the texts, in the order of their lengths."""
         order = [i for batch in length_batches([len(text) for text in texts], TOKENS_PER_BATCH) for i in batch]
         ordered = [texts[i] for i in order]

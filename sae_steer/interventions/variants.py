@@ -23,7 +23,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Direction:
-    """What is added to a stream or taken from it: a unit vector of the target model's stream, and the size of dose 1."""
+    """What is added to a stream or taken from it: a unit vector of the target's stream, and the size of dose 1."""
 
     name: str
     unit: Float[Tensor, " d_model"]

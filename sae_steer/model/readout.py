@@ -27,9 +27,7 @@ class TargetMass:
         return logits.softmax(-1)[..., list(self.ids)].sum(-1)
 
 
-def divergence(
-    before: Float[Tensor, "*rows vocab"], after: Float[Tensor, "*rows vocab"]
-) -> Float[Tensor, "*rows"]:
+def divergence(before: Float[Tensor, "*rows vocab"], after: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows"]:
     """KL(before || after) of the next-token distributions, in nats."""
     known, new = before.double().log_softmax(-1), after.double().log_softmax(-1)
     return (known.exp() * (known - new)).sum(-1)

@@ -175,9 +175,7 @@ class CleanPass:
         return self.model.unembed(carried)
 
     @torch.no_grad()
-    def read_many(
-        self, row: int, position: int, resid: Float[Tensor, "copy d_model"]
-    ) -> Float[Tensor, "copy vocab"]:
+    def read_many(self, row: int, position: int, resid: Float[Tensor, "copy d_model"]) -> Float[Tensor, "copy vocab"]:
         """Next-token logits at one position of one text, had the stream there alone been each of `resid`."""
         places = torch.full((1, len(resid)), position, device=resid.device)
         attend = StoredPrefix(self.stored, row, position)

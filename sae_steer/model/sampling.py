@@ -55,13 +55,20 @@ def sample(
     end_id: int,
     max_tokens: int,
     temperature: float,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> list[list[int]]:
     """Each prompt continued, without truncation of the distribution, to `end_id` or `max_tokens` in all.
 
     Returns the continuations, `end_id` included where it was reached; a prompt of `max_tokens` gets none.
     Edits in force (`replay.edited`) apply.
+
+    Args:
+        generator: of the noise. With several the prompts fall into as many equal parts, each with the noise of its
+            own, so that a part's texts are the same whatever runs beside it; two runs with the same generators
+            share their noise (common random numbers, by inverse transform).
     """
+    generators = [generator] if isinstance(generator, torch.Generator) else list(generator)
+    assert len(prompts) % len(generators) == 0, "every generator needs an equal part of the prompts"
     texts: list[list[int]] = [[] for _ in prompts]
     if not texts:
         return texts
@@ -73,7 +80,8 @@ def sample(
     rows = torch.arange(len(prompts), device=model.device)  # the prompt of each row still in the batch
     going = lengths < max_tokens
     while going.any():
-        noise = torch.rand(len(prompts), generator=generator).to(model.device)[rows]
+        drawn_noise = [torch.rand(len(prompts) // len(generators), generator=part) for part in generators]
+        noise = torch.cat(drawn_noise).to(model.device)[rows]
         drawn = _draw(logits / temperature, noise)
         for row, token, goes in zip(rows.tolist(), drawn.tolist(), going.tolist(), strict=True):
             if goes:

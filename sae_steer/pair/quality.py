@@ -1,5 +1,7 @@
 """How good a pair is: sampled plans of both models, and the basis they share, layer by layer."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -35,9 +37,19 @@ def generation_statistics(pair: ModelPair, model: NamedModel, *, count: int = GE
 
 
 def sample_plans(
-    pair: ModelPair, model: NamedModel, titles: list[str], *, temperature: float = 1.0, seeds: tuple[int, ...] = (0,)
+    pair: ModelPair,
+    model: NamedModel,
+    titles: list[str],
+    *,
+    temperature: float = 1.0,
+    seeds: tuple[int, ...] = (0,),
+    parts: Sequence[int] | None = None,
 ) -> list[str]:
-    """One sampled plan a title, as text, its title included. Edits in force apply."""
+    """One sampled plan a title, as text, its title included. Edits in force apply.
+
+    Args:
+        parts: numbers of the noise of as many equal parts of the titles; the same number is the same noise.
+    """
     prompts = [pair.tokenizer.encode_prompt(title) for title in titles]
     continued = sample(
         model.decoder,
@@ -45,7 +57,7 @@ def sample_plans(
         end_id=pair.tokenizer.token_id("<|end|>"),
         max_tokens=pair.context,
         temperature=temperature,
-        generator=generator(*seeds, 21),
+        generator=generator(*seeds, 21) if parts is None else [generator(*seeds, part, 21) for part in parts],
     )
     return [pair.tokenizer.decode(prompt + more) for prompt, more in zip(prompts, continued, strict=True)]
 

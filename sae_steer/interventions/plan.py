@@ -1,0 +1,109 @@
+"""What will be tested and how, written down before the confirm texts are read.
+
+`plan.toml` holds the source of the direction, the measured tokens, every setting (positions, doses, bound, controls,
+seeds) and the content of each split, under a hash. A plan edited after its hash is refused; one replaced by
+`--force` lists what changed, and the report repeats the list.
+"""
+
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from sae_steer.errors import InputError, StaleError
+from sae_steer.runtime import sha256, write_text
+
+PLAN_FILE = "plan.toml"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study's fixed part."""
+
+    content: dict
+    """What the hash is of: plain tables, strings and numbers."""
+    changes: tuple[dict, ...] = field(default=())
+    """What replaced plans said: {key, was, now}, the oldest first."""
+
+    @property
+    def hash(self) -> str:
+        """Of the content, however the file is laid out."""
+        return sha256(json.dumps(self.content, sort_keys=True).encode())
+
+    def record(self) -> dict:
+        """For a study's record."""
+        return {"file": PLAN_FILE, "hash": self.hash, "changes": list(self.changes)}
+
+    def write(self, folder: Path) -> Path:
+        """`plan.toml` in `folder`."""
+        body = tomli_w.dumps({"hash": self.hash, "plan": self.content, "changes": list(self.changes)})
+        note = (
+            "# Written before the confirm texts were read. Edited by hand, it no longer fits its hash and is refused.\n"
+        )
+        return write_text(Path(folder) / PLAN_FILE, note + body)
+
+
+def fix_plan(folder: Path, wanted: dict, *, force: bool = False) -> Plan:
+    """The plan in `folder`, written now unless the same one is there.
+
+    One that was edited after its hash is an `InputError`, another one a `StaleError`; `force` replaces either and
+    keeps the list of changes.
+    """
+    path, content = Path(folder) / PLAN_FILE, _plain(wanted)
+    if not path.is_file():
+        made = Plan(content)
+        made.write(folder)
+        return made
+    found, known_hash = read_plan(path)
+    edited = found.hash != known_hash
+    if edited and not force:
+        raise InputError(
+            f"{path} was edited after its hash; put back what was changed, or start a new plan with --force, which "
+            "lists the change in the report"
+        )
+    changes = _changes(found.content, content)
+    if not changes and not edited:
+        return found
+    if not force:
+        first = changes[0]
+        raise StaleError(
+            f"{path} plans another study ({first['key']}: {first['was']}, now {first['now']}); choose another --out, "
+            "or --force to replace it, which lists the change in the report"
+        )
+    by_hand = [{"key": "plan.toml", "was": known_hash, "now": "edited by hand"}] if edited else []
+    made = Plan(content, (*found.changes, *by_hand, *changes))
+    made.write(folder)
+    return made
+
+
+def read_plan(path: Path) -> tuple[Plan, str]:
+    """A plan file's content, and the hash written in it."""
+    try:
+        facts = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return Plan(facts["plan"], tuple(facts.get("changes", ()))), facts["hash"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path} is no plan ({error}); start a new one with --force") from error
+
+
+def _changes(was: dict, now: dict, path: str = "") -> list[dict]:
+    """Leaves that differ, as texts."""
+    found = []
+    for key in sorted({*was, *now}):
+        old, new, name = was.get(key), now.get(key), f"{path}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _changes(old, new, f"{name}.")
+        elif old != new:
+            found.append({"key": name, "was": json.dumps(old), "now": json.dumps(new)})
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """As TOML reads it back: no None, tuples as lists."""
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value
