@@ -25,6 +25,7 @@ from sae_steer.model.readout import TargetMass
 from sae_steer.model.replay import Edit
 from sae_steer.pair.model_pair import NamedModel
 from sae_steer.pair.texts import Text
+from sae_steer.runtime import generator
 from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.settings import InterveneSettings
 
@@ -46,9 +47,10 @@ class Arm:
     """{raw or transported: the direction in the edited stream's basis}; the first is the primary one."""
     bridge: Bridge | None
     """How the target's stream maps to the edited one; None where the edited model is the target."""
-    patch: Patch
-    """The other model's stream, carried over: the positive control that is not norm-matched."""
+    patches: dict[str, Patch]
+    """The other model's whole stream in place of this one's, raw and transported: not norm-matched."""
     patch_r2: float
+    """Held-out R2 of the map that transports it."""
     positives: dict[str, Float[Tensor, " d_model"]]
     """Norm-matched positive controls, by name, of length one."""
     families: dict[str, Float[Tensor, "direction d_model"]]
@@ -181,7 +183,7 @@ class Bench:
         stream = (self.tuned.target if variant.edits_target else self.tuned.reference)[below][self.tuned.is_onset]
         count, spare = settings.controls, settings.calibration
         drawn = {
-            families.ISOTROPIC: families.isotropic_directions(d_model, count + spare, settings.seed).to(device),
+            families.ISOTROPIC: families.isotropic(count + spare, d_model, generator(settings.seed, 31)).to(device),
             families.COVARIANCE: families.covariance_matched(stream, count + spare, settings.seed).to(device),
         }
         if matched is not None and len(matched):
@@ -191,6 +193,9 @@ class Bench:
         fresh_family = families.MATCHED if len(enough) >= count + spare else families.ISOTROPIC
         donor = self.reference if variant.edits_target else self.target
         carried = self.bridge(below, below, to_target=variant.edits_target)
+        patches = {TRANSPORTED: Patch(donor.decoder, below, carried.carry)}
+        if carried.check.identity_r2 is not None:
+            patches[RAW] = Patch(donor.decoder, below, lambda rows: rows.to(device))
         return Arm(
             variant=variant,
             model=model,
@@ -198,7 +203,7 @@ class Bench:
             direction=direction,
             units=self._units(direction.unit, link, device),
             bridge=link,
-            patch=Patch(donor.decoder, below, carried.carry),
+            patches=patches,
             patch_r2=carried.check.affine_r2,
             positives=self._positives(model, link),
             families={name: found[:count] for name, found in drawn.items()},

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_steer.interventions.edits import isotropic
 from sae_steer.interventions.variants import Direction
 from sae_steer.runtime import generator
 from sae_steer.sae.architectures import SparseDictionary
@@ -98,6 +97,7 @@ def covariance_matched(rows: Float[np.ndarray, "row d_model"], count: int, seed:
     return drawn / drawn.norm(dim=-1, keepdim=True)
 
 
-def isotropic_directions(d_model: int, count: int, seed: int) -> Float[Tensor, "count d_model"]:
+def isotropic(count: int, d_model: int, generator: torch.Generator) -> Float[Tensor, "count d_model"]:
     """Directions of length one, uniform on the sphere."""
-    return isotropic(count, d_model, generator(seed, 31))
+    drawn = torch.randn(count, d_model, generator=generator)
+    return drawn / drawn.norm(dim=-1, keepdim=True)

@@ -4,13 +4,13 @@ Every dictionary edit adds the change of the feature's own contribution, resid +
 so the part of the stream the dictionary does not explain stays as it was.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_steer.interventions.transport import Carry
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.replay import Edit
 from sae_steer.sae.architectures import SparseDictionary
@@ -97,7 +97,7 @@ class Patch:
     donor: LanguageModel
     layer: int
     """Of the donor."""
-    carry: Carry
+    carry: Callable[[Tensor], Tensor]
     """The donor's stream -> this model's."""
 
     def stream(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:

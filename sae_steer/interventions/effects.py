@@ -62,11 +62,11 @@ def mode_record(
     found: ArmReading, mode: str, onsets: OnsetRows, gap: Float[np.ndarray, " row"], settings: InterveneSettings
 ) -> dict:
     """The dose curve of the edit, and the directions read beside it at the primary dose."""
-    reading, base = found.reading(mode), found.base(mode)
-    effect = reading.value[:, 1:] - base[:, None]
+    reading, columns = found.readings[mode], found.columns[mode]
+    effect = reading.value[:, 1 : 1 + len(columns)] - reading.value[:, :1]
     rows = estimates(effect, onsets, settings, gap)
     doses, beside = [], {}
-    for column, ((direction, dose), row) in enumerate(zip(found.columns, rows, strict=True), 1):
+    for column, ((direction, dose), row) in enumerate(zip(columns, rows, strict=True), 1):
         moved = reading.delivered[:, column] > 0
         row |= {
             "mean_delivered_norm": float(reading.delivered[:, column].mean()),

@@ -203,14 +203,14 @@ def basis_gate(arm: Arm) -> Gate:
     return Gate("5", "basis", True, said)
 
 
-def patch_gate(beyond: dict[str, bool], said: str) -> Gate:
+def patch_gate(beyond: bool, said: str) -> Gate:
     """Gate 6a."""
-    return Gate("6a", "the full patch moves the measure", any(beyond.values()), said)
+    return Gate("6a", "the full patch moves the measure", beyond, said)
 
 
-def size_gate(beyond: dict[str, bool], said: str) -> Gate:
+def size_gate(beyond: bool, said: str) -> Gate:
     """Gate 6b."""
-    return Gate("6b", "something of this size moves the measure", any(beyond.values()), said)
+    return Gate("6b", "something of this size moves the measure", beyond, said)
 
 
 def calibration_gate(causal: int, fresh: int, family: str) -> Gate:

@@ -17,11 +17,12 @@ from jaxtyping import Float
 
 from sae_steer import stats
 from sae_steer.interventions import effects, gates
-from sae_steer.interventions.bench import FRESH, MEAN_DIFFERENCE, UNEMBEDDING, Arm
+from sae_steer.interventions.bench import FRESH, Arm
 from sae_steer.interventions.gates import Gate
 from sae_steer.interventions.measure import Measure, OnsetRows
 from sae_steer.interventions.readings import (
     EDIT,
+    JOINT_DOSES,
     MODES,
     PATCH,
     ArmReading,
@@ -107,7 +108,7 @@ class Weighing:
         """The measure in the target model minus that in the reference, at the same onsets."""
         target = next(r for r in self.readings if r.arm.variant.edits_target)
         reference = next(r for r in self.readings if not r.arm.variant.edits_target)
-        return {mode: target.base(mode) - reference.base(mode) for mode in MODES}
+        return {mode: target.base(mode) - reference.base(mode) for mode in (*MODES, JOINT_DOSES)}
 
     def against(self, effect: Float[np.ndarray, " row"], mode: str, *, times: float = 1.0) -> AgainstBound:
         """An effect against `times` the bound."""
@@ -183,8 +184,11 @@ class Weighing:
                 }
                 for mode in MODES
             },
+            "joint_doses": effects.mode_record(
+                found, JOINT_DOSES, self.onsets.joint_doses, self.gap[JOINT_DOSES], settings
+            ),
             "elsewhere": effects.estimates(
-                found.elsewhere.value[:, 1:] - found.elsewhere.value[:, :1], self.onsets.joint, settings
+                found.elsewhere.value[:, 1:] - found.elsewhere.value[:, :1], self.onsets.joint_doses, settings
             )[0],
             "controls": single,
             "joint_controls": joint,
@@ -201,17 +205,19 @@ class Weighing:
         name, arm, settings = found.arm.variant.name, found.arm, self.settings
         rank = effects.worst_rank(single)
         decided = min(self.corrected[name, "single"]) <= LEVEL and rank is not None and rank <= LEVEL
-        reading, count = found.joint_few, settings.ribbon
+        reading, count = found.readings[JOINT_DOSES], settings.ribbon
+        after, edit = 1 + len(found.columns[JOINT_DOSES]), found.column(JOINT_DOSES, EDIT, settings.primary_dose)
         if min(self.corrected[name, "joint"]) <= LEVEL and not decided:
-            count = settings.controls
-            reading = read_joint_controls(arm, self.onsets, self.measure, settings, count=count)
+            reading, count = read_joint_controls(arm, self.onsets, self.measure, settings), settings.controls
+            after, edit = 2, 1
         means = (reading.value - reading.value[:, :1]).mean(axis=0)
-        by_family = {(family, settings.primary_dose): means[at] for family, at in families_of(arm, count).items()}
+        places = families_of(arm, count, after=after)
+        by_family = {(family, settings.primary_dose): means[at] for family, at in places.items()}
         return {
-            "n": len(self.onsets.few),
-            "tasks": self.onsets.few.tasks,
-            "edit_mean": float(means[1]),
-            "families": effects.control_records(float(means[1]), by_family, settings),
+            "n": len(self.onsets.joint_doses),
+            "tasks": self.onsets.joint_doses.tasks,
+            "edit_mean": float(means[edit]),
+            "families": effects.control_records(float(means[edit]), by_family, settings),
         }
 
     def gap_gate(self) -> Gate:
@@ -222,10 +228,9 @@ class Weighing:
     def _arm_gates(self, found: ArmReading, single: Sequence[dict]) -> list[Gate]:
         arm, settings = found.arm, self.settings
         same = all(
-            np.array_equal(found.reading(mode).value[:, found.column(EDIT, dose)], found.base(mode))
-            for mode in MODES
-            for direction, dose in found.columns
-            if direction == EDIT and dose == 0
+            np.array_equal(found.effect(mode, EDIT, 0.0), np.zeros(len(found.base(mode))))
+            for mode in ("single", JOINT_DOSES)
+            if 0.0 in settings.doses
         )
         checked = gates.check_replay(
             arm, self._gate_rows(found), self.measure, settings.primary_dose, settings.positions
@@ -241,7 +246,8 @@ class Weighing:
 
     def _gate_rows(self, found: ArmReading) -> OnsetRows:
         """The single onsets of a few texts, those with the most edited rows first."""
-        moved = found.single.delivered[:, found.column(EDIT, self.settings.primary_dose)] > 0
+        column = found.column("single", EDIT, self.settings.primary_dose)
+        moved = found.readings["single"].delivered[:, column] > 0
         prompts, where = np.unique(self.onsets.single.prompt, return_inverse=True)
         chosen = prompts[np.argsort(-np.bincount(where, moved), kind="stable")[:GATE_TEXTS]]
         texts = [text for text in self.texts if text.prompt in chosen]
@@ -249,24 +255,31 @@ class Weighing:
         return OnsetRows.of(texts, [np.sort(rows.position[rows.prompt == text.prompt]) for text in texts])
 
     def _patch_gate(self, found: ArmReading) -> Gate:
-        beyond, said = self._beyond(found, PATCH, times=1.0)
+        """Gate 6a: a map fitted on what the edited model makes of the same texts may leave out what it lacks, so
+        the other stream is patched in raw too, where the widths allow.
+        """
+        names = [f"{PATCH}, {flavour}" for flavour in found.arm.patches]
+        beyond, said = self._any_beyond(found, names, times=1.0)
         return gates.patch_gate(beyond, f"{said}; map's held-out R2 {found.arm.patch_r2:.3f}")
 
     def _size_gate(self, found: ArmReading) -> Gate:
-        names = [name for name in (MEAN_DIFFERENCE, UNEMBEDDING) if name in found.arm.positives]
-        results = {name: self._beyond(found, name, times=2.0) for name in names}
-        beyond = {f"{name}, {mode}": held for name, (by_mode, _) in results.items() for mode, held in by_mode.items()}
-        said = "; ".join(f"{name} {said}" for name, (_, said) in results.items())
+        beyond, said = self._any_beyond(found, list(found.arm.positives), times=2.0)
         return gates.size_gate(beyond, said or "no positive control can be made for this measure")
 
-    def _beyond(self, found: ArmReading, direction: str, *, times: float) -> tuple[dict[str, bool], str]:
-        """Whether a direction goes beyond `times` the bound as predicted, by mode, and what it did."""
-        sign, dose, held, said = found.arm.variant.predicted_sign, self.settings.primary_dose, {}, []
+    def _any_beyond(self, found: ArmReading, names: Sequence[str], *, times: float) -> tuple[bool, str]:
+        results = {name: self._beyond(found, name, times=times) for name in names}
+        return any(held for held, _ in results.values()), "; ".join(
+            f"{name} {said}" for name, (_, said) in results.items()
+        )
+
+    def _beyond(self, found: ArmReading, direction: str, *, times: float) -> tuple[bool, str]:
+        """Whether a direction goes beyond `times` the bound as predicted, in either mode, and what it did."""
+        sign, dose, held, said = found.arm.variant.predicted_sign, self.settings.primary_dose, [], []
         for mode in MODES:
             effect = found.effect(mode, direction, dose)
-            held[mode] = bool(self.against(effect, mode, times=times).beyond(sign, LEVEL)[0])
+            held.append(bool(self.against(effect, mode, times=times).beyond(sign, LEVEL)[0]))
             said.append(f"{100 * effect.mean():+.2f} ({mode})")
-        return held, f"{', '.join(said)} points"
+        return any(held), f"{', '.join(said)} points"
 
     def _calibration_gate(self, found: ArmReading, single: Sequence[dict]) -> Gate:
         """Gate 7: fresh directions through the same two tests, in the single mode."""
