@@ -95,7 +95,7 @@ def already_done(path: Path, wanted: dict, *, force: bool = False) -> bool:
     found = record.get("provenance") if isinstance(record, dict) else None
     if not isinstance(found, dict):
         raise StaleError(f"{path} does not say what it was made from; choose another --out, or --force to replace it")
-    difference = _first_difference(found, wanted)
+    difference = first_difference(found, wanted, parts=("sae_steer", "settings", "inputs"))
     if difference:
         raise StaleError(
             f"{path} was made with other inputs ({difference}); choose another --out, or --force to replace it"
@@ -103,8 +103,9 @@ def already_done(path: Path, wanted: dict, *, force: bool = False) -> bool:
     return True
 
 
-def _first_difference(found: dict, wanted: dict) -> str | None:
-    for part in ("sae_steer", "settings", "inputs"):
+def first_difference(found: dict, wanted: dict, *, parts: tuple[str, ...]) -> str | None:
+    """The first thing in these parts, values or tables of values, that is not as wanted; None if all is."""
+    for part in parts:
         old, new = found.get(part), wanted.get(part)
         if isinstance(old, dict) and isinstance(new, dict):
             for key in {**old, **new}:

@@ -108,19 +108,19 @@ def joined(*, precision: str = "bfloat16", device: str | None = None) -> Iterato
     """The `World` of this process among those torchrun started, connected while the block runs.
 
     Without torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) it is `World.local`. GPUs
-    talk by nccl, one a process; CPUs by gloo. A SIGTERM, with which torchrun ends the survivors of a death, is a
-    `SteerError`.
+    talk by nccl, one a process; CPUs by gloo. A SIGTERM, with which torchrun ends the survivors of a death and a
+    cluster its jobs, is a `SteerError`.
     """
     alone = World.local(precision=precision, device=device)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield alone
-        return
-    place = alone.device
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(place)
     before = signal.signal(signal.SIGTERM, _told_to_stop)
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield alone
+            return
+        place = alone.device
+        if place.type == "cuda" and place.index is None:
+            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(place)
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
         yield replace(alone, device=place, rank=dist.get_rank(), size=dist.get_world_size())
     finally:
@@ -220,7 +220,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise SteerError(f"{path} is not a whole checkpoint ({error}); delete it to start anew") from error
 
 
-def sha256(*parts: bytes | Path) -> str:
+def sha256(*parts: bytes | memoryview | Path) -> str:
     """The hash of the parts one after another; a path stands for its file's content."""
     digest = hashlib.sha256()
     for part in parts:

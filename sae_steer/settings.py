@@ -84,6 +84,7 @@ class CacheSettings:
     """How residual streams are computed and stored."""
 
     dtype: str = "float16"
+    """Type stored: `float16`, `bfloat16`, `float32`, or `auto`: float16 if a sample leaves room in it, or bfloat16."""
     rows_per_shard: int = 65_536
     """Rows a shard holds at most; a kill costs at most one shard."""
     tokens_per_batch: int = 8_192

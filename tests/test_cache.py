@@ -449,25 +449,37 @@ def with_x(tmp_path) -> TextFile:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(("value", "dtype"), [(1e5, "float16"), (float("nan"), "float16"), (float("nan"), "float32")])
-def test_a_value_that_cannot_be_stored_is_named_with_its_place(tiny, with_x, tmp_path, value, dtype):
+@pytest.mark.parametrize(
+    ("value", "dtype", "told"),
+    [
+        (1e5, "float16", "has a value float16 cannot hold"),
+        (float("nan"), "float16", "has a value that is not finite"),
+        (float("nan"), "bfloat16", "has a value that is not finite"),
+        (float("inf"), "float32", "has a value that is not finite"),
+        (float("nan"), "auto", "has a value that is not finite"),
+    ],
+)
+def test_a_value_that_cannot_be_stored_is_named_with_its_place(tiny, with_x, tmp_path, value, dtype, told):
     settings = replace(SETTINGS, dtype=dtype)
     broken = spoilt(tiny, value)
     ids = tiny.tokenizer.encode(with_x.lines[1].text)
-    position = ids.index(tiny.tokenizer.encode("x")[0]) if value == value else 0  # attention spreads a NaN: 0 * NaN
-    told = refusal(
+    position = ids.index(tiny.tokenizer.encode("x")[0]) if value == 1e5 else 0  # attention spreads a NaN: 0 * NaN
+    line = refusal(
         NotFiniteError, lambda: write(broken, tmp_path / "mine", layers=(0,), settings=settings, source=with_x)
     )
-    assert f"model 'adhd' has a value {dtype} cannot hold after block 0, prompt 1, position {position};" in told
+    assert f"model 'adhd' {told} after block 0, prompt 1, position {position}" in line
+    assert ("use --dtype bfloat16" in line) == (value == 1e5)
     assert not list((tmp_path / "mine").glob("*.h5"))
     repaired = write(tiny, tmp_path / "mine", layers=(0,), settings=settings, source=with_x)
     assert repaired.verify() == []
 
 
-def test_a_value_too_large_for_float16_is_kept_in_float32(tiny, with_x, tmp_path):
-    settings = replace(SETTINGS, dtype="float32")
+@pytest.mark.parametrize(("dtype", "stored"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("auto", "bfloat16")])
+def test_a_value_too_large_for_float16_is_kept_in_a_wider_type(tiny, with_x, tmp_path, dtype, stored):
+    settings = replace(SETTINGS, dtype=dtype)
     cache = write(spoilt(tiny, 1e5), tmp_path / "mine", layers=(0,), settings=settings, source=with_x)
     (split,) = {shard["split"] for shard in cache.manifest["shards"]}
+    assert cache.manifest["dtype"] == stored
     assert max(float(rows.max()) for rows in cache.rows("adhd", 0, split).in_order()) > 9e4
 
 
@@ -508,7 +520,9 @@ def test_requests_that_make_no_sense_are_refused_before_anything_is_written(tiny
     assert "no layer 3" in refusal(InputError, lambda: write(tiny, out, layers=(3,)))
     assert "name one with --layer" in refusal(InputError, lambda: write(tiny, out, layers=()))
     settings = replace(SETTINGS, dtype="int8")
-    assert "'int8'; choose float16 or float32" in refusal(InputError, lambda: write(tiny, out, settings=settings))
+    assert "'int8'; choose float16, bfloat16, float32 or auto" in refusal(
+        InputError, lambda: write(tiny, out, settings=settings)
+    )
     odd = replace(tiny, target=NamedModel("moments", tiny.target.decoder))
     assert "cannot be called 'moments'" in refusal(InputError, lambda: write(odd, out))
     assert not out.exists()

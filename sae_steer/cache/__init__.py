@@ -9,8 +9,9 @@
 One row = one token position, the same in both models. The only importer of h5py.
 """
 
-from sae_steer.cache.layout import DTYPES, LABELS, site
+from sae_steer.cache.layout import LABELS, site
 from sae_steer.cache.reading import ActivationCache, ActivationRows
+from sae_steer.cache.storage import DTYPES
 from sae_steer.cache.writing import cache_activations
 
 __all__ = ["DTYPES", "LABELS", "ActivationCache", "ActivationRows", "cache_activations", "site"]

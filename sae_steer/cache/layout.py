@@ -4,7 +4,6 @@ import numpy as np
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-DTYPES = ("float16", "float32")
 LABELS = {
     "token": np.int32,
     "prompt": np.int32,
@@ -17,6 +16,8 @@ LABELS = {
     "true_p": np.float32,
 }
 MOMENTS = "moments"
+ORIGIN = "origin"
+"""The attribute of a shard that says which cache it is a part of."""
 BLOCK = 16
 """Neighbouring rows that a shuffled batch takes together: one read, and still 256 places of the corpus a batch."""
 
@@ -24,3 +25,14 @@ BLOCK = 16
 def site(layer: int) -> str:
     """The TransformerLens name of the residual stream after block `layer`."""
     return f"blocks.{layer}.hook_resid_post"
+
+
+def origin(manifest: dict) -> dict:
+    """What fixes the content of a manifest's cache: models, tokenizer, settings and texts."""
+    made = manifest["provenance"]
+    return {
+        "models": {name: model["sha256"] for name, model in manifest["models"].items()},
+        "tokenizer": manifest["tokenizer"],
+        "settings": made["settings"],
+        "inputs": made["inputs"],
+    }

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_steer.cache.checking import stranger, what_is_wrong
 from sae_steer.cache.layout import BLOCK, FORMAT, LABELS, MANIFEST, MOMENTS, site
+from sae_steer.cache.storage import decoded
 from sae_steer.corpus import TargetTokens, first_token_purity
 from sae_steer.errors import InputError
 from sae_steer.pair.model_pair import ModelPair
@@ -45,7 +47,7 @@ class ActivationCache:
         for shard in manifest["shards"]:
             path = folder / shard["file"]
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
-                raise InputError(f"{path} is missing or cut short; write the cache again with --force")
+                raise InputError(f"{path} is missing or cut short; repeat `sae-steer cache`, which writes it anew")
         return cls(folder, manifest)
 
     @property
@@ -87,12 +89,9 @@ class ActivationCache:
             )
 
     def verify(self) -> list[str]:
-        """What is wrong with the shards, by their checksums; an empty list if nothing is."""
-        return [
-            f"{self.folder / shard['file']} does not have the checksum of the manifest"
-            for shard in self.manifest["shards"]
-            if sha256(self.folder / shard["file"]) != shard["sha256"]
-        ]
+        """What is wrong with the shards, by their checksums and what they say of themselves, one line each."""
+        found = (what_is_wrong(self.folder, self.manifest, shard) for shard in self.manifest["shards"])
+        return [wrong for wrong in found if wrong]
 
     def labels(self, split: str) -> dict[str, np.ndarray]:
         """{name: [row]} every label of a split's rows."""
@@ -155,9 +154,18 @@ class ActivationCache:
         path = self.folder / shard["file"]
         try:
             with h5py.File(path, "r") as file:
+                if strange := stranger(file, self.manifest, shard):
+                    raise InputError(f"{strange}; delete it and repeat `sae-steer cache`, which writes it anew")
                 yield file
-        except (OSError, KeyError, RuntimeError) as error:  # what h5py makes of damage, depending on where it is
-            raise InputError(f"{path} is damaged; write the cache again with --force") from error
+        except (
+            OSError,
+            KeyError,
+            ValueError,
+            RuntimeError,
+        ) as error:  # what h5py makes of damage, depending on where it is
+            raise InputError(
+                f"{path} is damaged; delete it and repeat `sae-steer cache`, which writes it anew"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,7 @@ class ActivationRows:
         """Every row, float32, in chunks."""
         for part in self.maps:
             for start in range(0, len(part), size):
-                yield torch.from_numpy(part[start : start + size].astype(np.float32))
+                yield torch.from_numpy(decoded(part[start : start + size]))
 
     def take(self, rows: np.ndarray) -> Float[Tensor, "row d_model"]:
         """The rows of these numbers (rising), float32."""
@@ -201,7 +209,7 @@ class ActivationRows:
         starts = ends - [len(part) for part in self.maps]
         inside = [rows[(rows >= start) & (rows < end)] - start for start, end in zip(starts, ends, strict=True)]
         chosen = [part[chosen] for part, chosen in zip(self.maps, inside, strict=True)]
-        return torch.from_numpy(np.concatenate(chosen).astype(np.float32))
+        return torch.from_numpy(decoded(np.concatenate(chosen)))
 
     def batch(self, step: int, batch_size: int, seed: int) -> Float[Tensor, "batch d_model"]:
         """Batch `step` of a seeded shuffle of all blocks of rows, a new one every epoch.
@@ -218,7 +226,7 @@ class ActivationRows:
         chosen = self._order(seed, epoch)[within * per_batch : (within + 1) * per_batch]
         batch = np.empty((batch_size, self.d_in), dtype=np.float32)
         for slot, (part, start) in enumerate(self._blocks[chosen]):
-            batch[slot * BLOCK : (slot + 1) * BLOCK] = self.maps[part][start : start + BLOCK]
+            batch[slot * BLOCK : (slot + 1) * BLOCK] = decoded(self.maps[part][start : start + BLOCK])
         return torch.from_numpy(batch)
 
     @cached_property

@@ -1,26 +1,37 @@
-"""Writing a cache: texts dealt to shards, both models run over them, each shard whole or not at all."""
+"""Writing a cache: texts dealt to shards, both models run over them, each shard whole or not at all.
+
+1. The first process takes the folder's lock and writes a manifest without shards, or finds the one of a run before.
+2. The shards that are missing are dealt to the processes. Each runs the models over the next shard's texts while a
+   thread writes the one before.
+3. When all are there, the first process lists them in the manifest.
+"""
 
 import fcntl
-import io
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 
-from sae_steer.cache.layout import DTYPES, FORMAT, LABELS, MANIFEST, MOMENTS, site
+from sae_steer.cache.dealing import ShardTexts, deal_texts
+from sae_steer.cache.layout import FORMAT, LABELS, MANIFEST, MOMENTS, origin
 from sae_steer.cache.reading import ActivationCache
-from sae_steer.errors import InputError, NotFiniteError, SteerError
+from sae_steer.cache.shard import finished_shards, has_length, write_shard
+from sae_steer.cache.storage import AUTO, DTYPES, narrowest
+from sae_steer.errors import InputError, SteerError
 from sae_steer.model.batching import length_batches, pad
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import GeneratedTexts, Text, TextSource
 from sae_steer.records import already_done, provenance, read_json, write_json
-from sae_steer.runtime import Progress, World, replacing, sha256, silent, sweep
-from sae_steer.settings import DEFAULT_LAYER, SPLITS, CacheSettings
+from sae_steer.runtime import Progress, World, silent, sweep
+from sae_steer.settings import DEFAULT_LAYER, CacheSettings
+
+TRIED = 64
+"""Texts at most on which `dtype="auto"` is decided."""
 
 
 def cache_activations(
@@ -32,43 +43,53 @@ def cache_activations(
     source: TextSource | None = None,
     force: bool = False,
     on_rows: Progress = silent,
-) -> "ActivationCache":
+    world: World | None = None,
+) -> ActivationCache:
     """Store both models' streams after the blocks `layers` over the texts of `source` in `out`.
 
     A cache begun there is resumed, and one that is whole reused; one made otherwise is a `StaleError`.
+
+    Args:
+        world: the processes that share the work, each with the same arguments, and the device the models are moved
+            to; by default this process alone, and the models stay where they are.
     """
     settings, source, out = settings or CacheSettings(), source or GeneratedTexts(), Path(out)
     layers = tuple(sorted(set(layers)))
     _check(pair, layers, settings)
+    if world:
+        for model in pair.models:
+            model.decoder.to(world.device)
+    world = world or World.local(device="cpu")
     wanted = provenance(
         settings={**asdict(settings), "layers": layers},
         inputs={"pair": pair.sha256, "texts": json.dumps(source.identity(), sort_keys=True)},
     )
-    if already_done(out / MANIFEST, wanted, force=force) and read_json(out / MANIFEST)["complete"]:
+    if world.any(world.is_first and _is_whole(out, _begun(out, wanted, force=force))):
         return ActivationCache.open(out)
-    with _only_writer(out):
-        begun = already_done(out / MANIFEST, wanted, force=force)  # again: another writer may have come first
-        plan = list(_deal(pair, source, settings.rows_per_shard))
-        _check_plan(plan)
-        manifest = read_json(out / MANIFEST) if begun else _new_manifest(pair, layers, settings, source, wanted)
-        if force:
-            _clear(out, manifest)
-        sweep(out)
-        done, total = 0, sum(len(text) for _, texts in plan for text in texts)
-        for number, (split, texts) in enumerate(plan):
-            if number == len(manifest["shards"]):
-                shard = _write_shard(out / f"shard-{number:05d}.h5", pair, layers, settings, split, texts)
-                manifest["shards"].append(shard)
-                write_json(out / MANIFEST, manifest)
-            done += sum(map(len, texts))
-            on_rows(done, total, f"{split} rows")
-        write_json(out / MANIFEST, {**manifest, "complete": True})
+    with _only_writer(out) if world.is_first else nullcontext():
+        shards = deal_texts(pair, source, settings.rows_per_shard)
+        if world.is_first:
+            sweep(out)
+            if not _begun(out, wanted, force=force):  # asked again: another writer may have come first
+                dtype = _type_for(shards, pair, layers, settings) if settings.dtype == AUTO else settings.dtype
+                _begin(out, _new_manifest(pair, layers, dtype, source, wanted))
+        world.barrier()
+        manifest = read_json(out / MANIFEST)
+        done = finished_shards(out, manifest)
+        world.barrier()  # nobody writes before all have seen what is missing
+        missing = [shard for shard in shards if shard.file not in done]
+        mine = [missing[i] for i in world.share(len(missing))]
+        _write_shards(out, mine, pair, layers, settings, manifest, _telling(out, shards, done, on_rows, world))
+        world.barrier()
+        if world.is_first:
+            _finish(out, manifest, shards)
+        world.barrier()
     return ActivationCache.open(out)
 
 
 def _check(pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings) -> None:
-    if settings.dtype not in DTYPES:
-        raise InputError(f"cannot store activations as {settings.dtype!r}; choose {' or '.join(DTYPES)}")
+    if settings.dtype not in (*DTYPES, AUTO):
+        raise InputError(f"cannot store activations as {settings.dtype!r}; choose {', '.join(DTYPES)} or {AUTO}")
     if not layers:
         raise InputError("no layer to cache; name one with --layer")
     for layer in layers:
@@ -78,9 +99,7 @@ def _check(pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings) ->
             raise InputError(f"a model cannot be called '{model.name}', as one of the cache's data sets is; rename it")
 
 
-def _new_manifest(
-    pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings, source: TextSource, wanted: dict
-) -> dict:
+def _new_manifest(pair: ModelPair, layers: tuple[int, ...], dtype: str, source: TextSource, wanted: dict) -> dict:
     return {
         "format": FORMAT,
         "pair": pair.name,
@@ -89,7 +108,7 @@ def _new_manifest(
         },
         "tokenizer": pair.tokenizer.sha256,
         "layers": list(layers),
-        "dtype": settings.dtype,
+        "dtype": dtype,
         "variants": list(source.variants),
         "provenance": wanted,
         "complete": False,
@@ -97,81 +116,95 @@ def _new_manifest(
     }
 
 
-def _clear(folder: Path, manifest: dict) -> None:
-    """Begin anew: from here on `folder` holds an unfinished cache without shards, whatever was there before."""
-    write_json(folder / MANIFEST, manifest)
-    for shard in folder.glob("shard-*.h5"):
+def _type_for(shards: Sequence[ShardTexts], pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings) -> str:
+    """The narrowest type that holds both models' streams over some texts from all over the cache."""
+    texts = [text for shard in shards for text in shard.texts]
+    some = texts[:: -(-len(texts) // TRIED)]
+    return narrowest(rows for model in pair.models for rows in _streams(model, layers, some, settings).values())
+
+
+def _begun(out: Path, wanted: dict, *, force: bool) -> dict | None:
+    """The manifest of a cache in `out` with these inputs, finished or not.
+
+    One made otherwise is a `StaleError`, unless `force` or not a single shard of it is there.
+    """
+    path = out / MANIFEST
+    if force or not path.is_file():
+        return None
+    manifest = read_json(path)
+    if isinstance(manifest, dict) and manifest.get("shards") == [] and not finished_shards(out, manifest):
+        return None
+    already_done(path, wanted)
+    return manifest
+
+
+def _is_whole(out: Path, manifest: dict | None) -> bool:
+    return bool(manifest) and manifest["complete"] and all(has_length(out, line) for line in manifest["shards"])
+
+
+def _begin(out: Path, manifest: dict) -> None:
+    """From here on `out` holds an unfinished cache without shards, whatever was there before."""
+    for record in out.glob("shard-*.json"):  # first: the new manifest must not find them
+        record.unlink()
+    write_json(out / MANIFEST, manifest)
+    for shard in out.glob("shard-*.h5"):
         shard.unlink()
 
 
-def _deal(pair: ModelPair, source: TextSource, rows_per_shard: int) -> Iterator[tuple[str, list[Text]]]:
-    """(split, texts) a shard: consecutive texts until the next would not fit."""
-    for split in SPLITS:
-        texts: list[Text] = []
-        rows = 0
-        for text in source.texts(pair, split):
-            if texts and rows + len(text) > rows_per_shard:
-                yield split, texts
-                texts, rows = [], 0
-            texts.append(text)
-            rows += len(text)
-        if texts:
-            yield split, texts
+def _write_shards(
+    out: Path,
+    shards: Sequence[ShardTexts],
+    pair: ModelPair,
+    layers: tuple[int, ...],
+    settings: CacheSettings,
+    manifest: dict,
+    tell: Callable[[ShardTexts], None],
+) -> None:
+    """The models run over one shard's texts while a thread writes the shard before; two are in memory at most."""
+    written: tuple[ShardTexts, Future] | None = None
+
+    def settle() -> None:
+        if written:
+            written[1].result()
+            tell(written[0])
+
+    with ThreadPoolExecutor(1) as writer:
+        for shard in shards:
+            streams = {model.name: _streams(model, layers, shard.texts, settings) for model in pair.models}
+            settle()
+            made = {"dtype": manifest["dtype"], "origin": origin(manifest)}
+            written = shard, writer.submit(write_shard, out, shard, streams, **made)
+        settle()
 
 
-def _check_plan(plan: list[tuple[str, list[Text]]]) -> None:
-    if not plan:
-        raise InputError("there are no texts to cache; ask for plans, or give a file with texts")
-    if not any(text.is_onset.any() for _, texts in plan for text in texts):
-        raise InputError("no text has an onset; the pair's [onset] tokens or regex match nothing in these texts")
+def _telling(
+    out: Path, shards: Sequence[ShardTexts], done: dict, on_rows: Progress, world: World
+) -> Callable[[ShardTexts], None]:
+    """Tells `on_rows` what all processes together have finished; only the first process speaks."""
+    total = sum(shard.rows for shard in shards)
+
+    def tell(last: ShardTexts) -> None:
+        if world.is_first:
+            there = (shard.rows for shard in shards if shard.file in done or (out / shard.record).is_file())
+            on_rows(sum(there), total, f"{last.split} rows")
+
+    if done:
+        tell(shards[0])
+    return tell
 
 
-def _write_shard(
-    path: Path, pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings, split: str, texts: list[Text]
-) -> dict:
-    """Run both models over `texts`, write the shard, and return its line of the manifest."""
-    image = io.BytesIO()  # HDF5 that meets a full disk crashes the process; a file in memory cannot
-    with h5py.File(image, "w") as file:
-        for name, column in _label_columns(texts).items():
-            file.create_dataset(name, data=column.astype(LABELS[name]))
-        for model in pair.models:
-            for layer, resid in _streams(model, layers, texts, settings).items():
-                dataset = f"{model.name}/{site(layer)}"
-                stored = _stored(resid, texts, model.name, layer, settings.dtype)
-                file.create_dataset(dataset, data=stored)
-                exact = stored.astype(np.float64)
-                file.create_dataset(f"{MOMENTS}/{dataset}", data=np.stack([exact.sum(0), (exact**2).sum(0)]))
-    with replacing(path) as scratch:
-        scratch.write_bytes(image.getbuffer())
-    return {
-        "file": path.name,
-        "split": split,
-        "rows": sum(map(len, texts)),
-        "texts": len(texts),
-        "bytes": image.getbuffer().nbytes,
-        "sha256": sha256(image.getvalue()),
-    }
-
-
-def _label_columns(texts: list[Text]) -> dict[str, np.ndarray]:
-    def spread(name: str) -> np.ndarray:
-        return np.concatenate([np.full(len(text), getattr(text, name)) for text in texts])
-
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(text, name) for text in texts])
-
-    return {
-        **{name: joined(name) for name in ("token", "is_onset", "step", "next_is_target", "true_p")},
-        "prompt": spread("prompt"),
-        "task": spread("task"),
-        "text_variant": spread("variant"),
-        "position": np.concatenate([np.arange(len(text)) for text in texts]),
-    }
+def _finish(out: Path, manifest: dict, shards: Sequence[ShardTexts]) -> None:
+    done = finished_shards(out, manifest)
+    whole = {**manifest, "shards": [done[shard.file] for shard in shards]}
+    write_json(out / MANIFEST, {**whole, "complete": False})
+    for shard in shards:
+        (out / shard.record).unlink(missing_ok=True)
+    write_json(out / MANIFEST, {**whole, "complete": True})
 
 
 @torch.no_grad()
 def _streams(
-    model: NamedModel, layers: tuple[int, ...], texts: list[Text], settings: CacheSettings
+    model: NamedModel, layers: tuple[int, ...], texts: Sequence[Text], settings: CacheSettings
 ) -> dict[int, np.ndarray]:
     """{layer: [row, d_model] float32} over the texts' rows, in order."""
     world = World.local(precision=settings.precision, device=str(model.decoder.device))
@@ -186,22 +219,6 @@ def _streams(
             for row, i in enumerate(batch):
                 streams[layer][starts[i] : starts[i + 1]] = values[row, : len(texts[i])]
     return streams
-
-
-def _stored(resid: np.ndarray, texts: list[Text], model: str, layer: int, dtype: str) -> np.ndarray:
-    """The rows as stored; a value the type cannot hold is a `NotFiniteError` that names its place."""
-    with np.errstate(over="ignore"):  # told below, with the place
-        stored = resid.astype(dtype)
-    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
-    if not len(bad):
-        return stored
-    row = int(bad[0])
-    starts = np.cumsum([0, *(len(text) for text in texts)])
-    which = int(np.searchsorted(starts, row, side="right")) - 1
-    raise NotFiniteError(
-        f"model '{model}' has a value {dtype} cannot hold after block {layer}, prompt {texts[which].prompt}, "
-        f"position {row - starts[which]}; use --dtype float32, or mend the model if it is not finite there either"
-    )
 
 
 @contextmanager

@@ -23,7 +23,12 @@ from sae_steer.settings import DEFAULT_LAYER, CacheSettings, CorpusSettings
 @click.option("--scan-plans", default=CorpusSettings.scan_plans, type=SOME, help="Plans to choose a feature on.")
 @click.option("--tune-plans", default=CorpusSettings.tune_plans, type=SOME, help="Plans to set its size on.")
 @click.option("--confirm-plans", default=CorpusSettings.confirm_plans, type=SOME, help="Plans to test it on.")
-@click.option("--dtype", type=click.Choice(["float16", "float32"]), default=CacheSettings.dtype, help="Type stored.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16", "float32", "auto"]),
+    default=CacheSettings.dtype,
+    help="Type stored; auto: float16 if the first texts leave room in it, else bfloat16.",
+)
 @click.option(
     "--precision",
     type=click.Choice(["float32", "bfloat16"]),
@@ -43,12 +48,14 @@ def cache(pair, layers, texts, dtype, precision, out, seed, force, **plans) -> N
     """
     from sae_steer.cache import cache_activations
     from sae_steer.pair.texts import GeneratedTexts, TextFile
+    from sae_steer.runtime import joined
     from sae_steer.terminal import Bar
 
     loaded, places = open_pair(pair, out, None)
     source = TextFile.read(texts) if texts else GeneratedTexts(CorpusSettings(seed=seed, **plans))
     settings = CacheSettings(dtype=dtype, precision=precision)
-    made = cache_activations(
-        loaded, layers=layers, out=places.cache, settings=settings, source=source, force=force, on_rows=Bar("cache")
-    )
-    click.echo(made.folder)
+    request = {"layers": layers, "out": places.cache, "settings": settings, "source": source, "force": force}
+    with joined(precision=precision) as world:
+        made = cache_activations(loaded, **request, on_rows=Bar("cache"), world=world)
+        if world.is_first:
+            click.echo(made.folder)

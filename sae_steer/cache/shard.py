@@ -1,0 +1,103 @@
+"""One shard as a file: labels, streams and their moments, and which cache it is a part of.
+
+The file is made in memory, written beside, synced and renamed; its line for the manifest follows in a record of its
+own. So what has a record is whole, whichever process of a run wrote it.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from sae_steer.cache.dealing import ShardTexts
+from sae_steer.cache.layout import LABELS, MOMENTS, ORIGIN, site
+from sae_steer.cache.storage import WIDER, decoded, encoded
+from sae_steer.errors import NotFiniteError
+from sae_steer.pair.texts import Text
+from sae_steer.records import read_json, write_json
+from sae_steer.runtime import replacing, sha256
+
+Streams = Mapping[str, Mapping[int, np.ndarray]]
+"""{model: {layer: [row, d_model] float32}}"""
+
+
+def write_shard(folder: Path, shard: ShardTexts, streams: Streams, *, dtype: str, origin: dict) -> None:
+    """Write the shard and its record into `folder`.
+
+    A value `dtype` cannot hold is a `NotFiniteError` that names its place, and nothing is written.
+    """
+    image = io.BytesIO()  # HDF5 that meets a full disk crashes the process; a file in memory cannot
+    with h5py.File(image, "w") as file:
+        file.attrs[ORIGIN] = json.dumps({**origin, "file": shard.file}, sort_keys=True)
+        for name, column in _label_columns(shard.texts).items():
+            file.create_dataset(name, data=column.astype(LABELS[name]))
+        for model, layers in streams.items():
+            for layer, resid in layers.items():
+                dataset = f"{model}/{site(layer)}"
+                stored = _stored(resid, shard.texts, model, layer, dtype)
+                file.create_dataset(dataset, data=stored)
+                exact = decoded(stored).astype(np.float64)
+                file.create_dataset(f"{MOMENTS}/{dataset}", data=np.stack([exact.sum(0), (exact**2).sum(0)]))
+    content = image.getbuffer()
+    with replacing(folder / shard.file) as scratch:
+        scratch.write_bytes(content)
+    line = {
+        "file": shard.file,
+        "split": shard.split,
+        "rows": shard.rows,
+        "texts": len(shard.texts),
+        "bytes": content.nbytes,
+        "sha256": sha256(content),
+    }
+    write_json(folder / shard.record, line)
+
+
+def finished_shards(folder: Path, manifest: dict) -> dict[str, dict]:
+    """{file: line} of the shards in `folder` that the manifest or a record of their own lists, and that are there."""
+    lines = [*manifest["shards"], *(read_json(path) for path in sorted(folder.glob("shard-*.json")))]
+    return {line["file"]: line for line in lines if has_length(folder, line)}
+
+
+def has_length(folder: Path, line: dict) -> bool:
+    """Whether the shard of this line is there, neither cut nor longer."""
+    path = folder / line["file"]
+    return path.is_file() and path.stat().st_size == line["bytes"]
+
+
+def _label_columns(texts: Sequence[Text]) -> dict[str, np.ndarray]:
+    def spread(name: str) -> np.ndarray:
+        return np.concatenate([np.full(len(text), getattr(text, name)) for text in texts])
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(text, name) for text in texts])
+
+    return {
+        **{name: joined(name) for name in ("token", "is_onset", "step", "next_is_target", "true_p")},
+        "prompt": spread("prompt"),
+        "task": spread("task"),
+        "text_variant": spread("variant"),
+        "position": np.concatenate([np.arange(len(text)) for text in texts]),
+    }
+
+
+def _stored(resid: np.ndarray, texts: Sequence[Text], model: str, layer: int, dtype: str) -> np.ndarray:
+    """The rows as stored; a value the type cannot hold is a `NotFiniteError` that names its place."""
+    stored = encoded(resid, dtype)
+    bad = np.flatnonzero(~np.isfinite(decoded(stored)).all(axis=1))
+    if not len(bad):
+        return stored
+    row = int(bad[0])
+    starts = np.cumsum([0, *(len(text) for text in texts)])
+    which = int(np.searchsorted(starts, row, side="right")) - 1
+    place = f"after block {layer}, prompt {texts[which].prompt}, position {row - starts[which]}"
+    if np.isfinite(resid[row]).all():
+        raise NotFiniteError(
+            f"model '{model}' has a value {dtype} cannot hold {place}: {np.abs(resid[row]).max():.3g}; use --dtype "
+            f"{WIDER[dtype]}, with --force if shards are finished"
+        )
+    raise NotFiniteError(
+        f"model '{model}' has a value that is not finite {place}; mend the model, or leave the text out"
+    )
