@@ -98,6 +98,7 @@ def errors(exact: ActivationCache, found: ActivationCache, model: str) -> dict:
 
 
 def main() -> None:
+    """Time every case and write the record."""
     pair = random_pair()
     hooked = [to_hooked_transformer(model.decoder) for model in pair.models]
     with tempfile.TemporaryDirectory() as scratch:
