@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sae_steer.errors import InputError
 from sae_steer.model.decoder import Decoder
+from sae_steer.settings import RopeScaling
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
@@ -43,6 +44,7 @@ def to_hooked_transformer(model: Decoder) -> "HookedTransformer":
         rotary_base=shape.rope_base,
         rotary_adjacent_pairs=False,
         eps=shape.eps,
+        **_scaled_positions(shape.rope_scaling),
         tokenizer_prepends_bos=False,
         default_prepend_bos=False,
         device=str(model.device),
@@ -55,6 +57,19 @@ def to_hooked_transformer(model: Decoder) -> "HookedTransformer":
     zeros = {name: torch.zeros_like(tensor) for name, tensor in known.items() if ".b_" in name or "._b_" in name}
     hooked.load_state_dict({**known, **zeros, **ours})
     return hooked.eval()
+
+
+def _scaled_positions(scaling: RopeScaling | None) -> dict:
+    """Llama 3's scaling under TransformerLens's names."""
+    if scaling is None:
+        return {}
+    return {
+        "use_NTK_by_parts_rope": True,
+        "NTK_by_parts_factor": scaling.factor,
+        "NTK_by_parts_low_freq_factor": scaling.low,
+        "NTK_by_parts_high_freq_factor": scaling.high,
+        "NTK_original_ctx_len": int(scaling.n_ctx),
+    }
 
 
 def _hooked_names(model: Decoder, *, underscore: bool) -> dict:
