@@ -5,29 +5,69 @@ from pathlib import Path
 
 from sae_steer.cache import ActivationCache
 from sae_steer.errors import InputError
-from sae_steer.pair.model_pair import load_pair
+from sae_steer.model.language_model import fingerprint
+from sae_steer.model.loading import read_decoder
+from sae_steer.pair.model_pair import NamedModel, load_pair
 from sae_steer.records import read_json
 from sae_steer.sae.saelens import load_sae, read_metadata
 
 
 def describe(path: Path) -> tuple[str, bool]:
-    """A description of the pair, cache, dictionary, run folder or record at `path`, and whether it is whole."""
+    """A description of the pair, model, cache, dictionary, run folder or record at `path`, and whether it is whole."""
     if path.is_file():
         return _record(path), True
-    for name, tell in (("pair.toml", _pair), ("manifest.json", _cache), ("cfg.json", _dictionary)):
+    for name, tell in (
+        ("pair.toml", _pair),
+        ("manifest.json", _cache),
+        ("cfg.json", _dictionary),
+        ("config.json", _model),
+    ):
         if (path / name).is_file():
             return tell(path)
     records = sorted(path.glob("**/*.json"))
     if not records:
-        raise InputError(f"{path} holds no pair, cache, dictionary or record")
+        raise InputError(f"{path} holds no pair, model, cache, dictionary or record")
     names = [f"  {record.relative_to(path)}" for record in records]
     return "\n".join([f"folder with {len(names)} records", *names]), True
 
 
 def _pair(path: Path) -> tuple[str, bool]:
-    pair = load_pair(path)
-    models = [f"  {m.name}: {m.decoder.n_parameters:,} parameters, sha256 {m.sha256[:12]}" for m in pair.models]
-    return "\n".join([f"pair '{pair.name}', {pair.tokenizer.n_vocab} tokens, context {pair.context}", *models]), True
+    """Models, tokenizer, onsets and phrases; what keeps the pair from being loaded, where it is not whole."""
+    notes: list[str] = []
+    try:
+        pair = load_pair(path, tell=notes.append)
+        lines = [line for role, model in zip(("reference", "target"), pair.models, strict=True)
+                 for line in _model_of_pair(role, model)]  # fmt: skip
+    except InputError as error:
+        return "\n".join([f"pair folder {path}: not whole", f"  {error}"]), False
+    rule = f"matches of {pair.onsets.regex!r}" if pair.onsets.regex else " or ".join(pair.onsets.tokens)
+    return "\n".join(
+        [
+            f"pair '{pair.name}', {pair.tokenizer.n_vocab} tokens, context {pair.context}, sha256 {pair.sha256[:12]}",
+            *lines,
+            f"  a step begins after {rule}",
+            f"  {len(pair.phrases)} target phrases: {', '.join(pair.phrases[:3])}"
+            + (", ..." if len(pair.phrases) > 3 else ""),
+            *notes,
+        ]
+    ), True
+
+
+def _model_of_pair(role: str, model: NamedModel) -> list[str]:
+    shape, own = model.decoder.shape, model.tokenizer
+    return [
+        f"  {role} {model.name}: {model.source.get('from', 'in memory')}, {shape.n_layers} layers of width "
+        f"{shape.d_model}, {shape.d_vocab} rows, context {shape.n_ctx}",
+        f"    {model.decoder.n_parameters:,} parameters, sha256 {model.sha256[:12]}"
+        + (f", its own tokenizer of {own.n_vocab} tokens" if own else ""),
+    ]
+
+
+def _model(path: Path) -> tuple[str, bool]:
+    found = read_decoder(path)
+    shape, facts = found.model.shape, f"{found.model.n_parameters:,} parameters, sha256 {fingerprint(found.model)[:12]}"
+    head = f"model: {shape.n_layers} layers of width {shape.d_model}, {shape.d_vocab} rows, context {shape.n_ctx}"
+    return "\n".join([f"{head}; {facts}", *found.lines()]), True
 
 
 def _cache(path: Path) -> tuple[str, bool]:

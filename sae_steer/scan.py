@@ -235,6 +235,7 @@ def scan_features(
     check_fits(dictionary, cache)
     target = dictionary.model
     reference = next(name for name in cache.manifest["models"] if name != target)
+    _check_widths(cache, dictionary, reference)
     labels = cache.labels(split)
     onset, rendering = labels["is_onset"].astype(bool), labels["text_variant"].astype(np.int64)
     among = onset & np.isin(rendering, cache.own_variants(target))
@@ -271,6 +272,15 @@ def scan_features(
         settings=settings or ScanSettings(),
         record=dictionary.record,
     )
+
+
+def _check_widths(cache: ActivationCache, dictionary: Dictionary, reference: str) -> None:
+    ours, theirs = dictionary.sae.config.d_in, cache.manifest["models"][reference]["d_model"]
+    if ours != theirs:
+        raise InputError(
+            f"a scan reads both models through one dictionary: {dictionary.name} reads {ours} dimensions, and model "
+            f"'{reference}' has {theirs}; take a pair of one width"
+        )
 
 
 def resolve_index(feature: str, d_sae: int) -> int:

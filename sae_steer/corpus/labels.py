@@ -7,8 +7,9 @@
 """
 
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,28 +31,41 @@ class OnsetRule:
     tokens: tuple[str, ...] = (STEPS, SEP)
     regex: str | None = None
 
-    def delimiters(self, ids: Sequence[int], tokenizer: PlanTokenizer) -> list[int]:
-        """Where each delimiter's last token stands; a regex match that ends inside a token has none."""
-        if self.regex is None:
+    def steps(self, ids: Sequence[int], tokenizer: PlanTokenizer) -> list[tuple[int, str]]:
+        """Every onset, a delimiter's last token, with the text of the step it opens, up to the next delimiter or
+        special token. A regex match that ends inside a token has no onset.
+        """
+        controls = [position for position, token in enumerate(ids) if token in tokenizer.control_ids]
+        if self.regex is not None:
+            found = self._steps_by_regex(ids, tokenizer, controls)
+        else:
             known = {tokenizer.token_id(token) for token in self.tokens}
-            return [position for position, token in enumerate(ids) if token in known]
+            delimiters = [position for position, token in enumerate(ids) if token in known]
+            following = dict(pairwise(sorted({*delimiters, *controls, len(ids)})))
+            found = ((at, tokenizer.decode(ids[at + 1 : following[at]]).strip()) for at in delimiters)
+        return [(at, text) for at, text in found if text]
+
+    def _steps_by_regex(
+        self, ids: Sequence[int], tokenizer: PlanTokenizer, controls: list[int]
+    ) -> Iterator[tuple[int, str]]:
+        """Steps cut from the text: a delimiter may be several tokens, and begin inside one of the step before it."""
+        text, ends = tokenizer.decode(ids), tokenizer.ends(ids)
+        matches, places = self._matches(text), _first_to_reach(ends)
+        stops = sorted({*(match.start() for match in matches), *([0, *ends][at] for at in controls), len(text)})
+        for match in matches:
+            if match.end() in places:
+                yield places[match.end()], text[match.end() : stops[bisect_left(stops, match.end())]].strip()
+
+    def _matches(self, text: str) -> list[re.Match[str]]:
         try:
-            matches = re.finditer(self.regex, tokenizer.decode(ids))
+            return [match for match in re.finditer(self.regex, text) if match.group()]
         except re.error as error:
             raise InputError(f"onset regex {self.regex!r} does not compile ({error}); correct it") from error
-        wanted = {match.end() for match in matches if match.group()}
-        ends = tokenizer.ends(ids)
-        # tokens that finish no character share an end: the first to reach it ends the delimiter
-        return [at for at, end in enumerate(ends) if end in wanted and (at == 0 or ends[at - 1] != end)]
 
-    def steps(self, ids: Sequence[int], tokenizer: PlanTokenizer) -> list[tuple[int, str]]:
-        """Every onset with the text of the step it opens."""
-        delimiters = self.delimiters(ids, tokenizer)
-        controls = [position for position, token in enumerate(ids) if token in tokenizer.control_ids]
-        stops = sorted({*delimiters, *controls, len(ids)})
-        following = dict(pairwise(stops))
-        found = ((at, tokenizer.decode(ids[at + 1 : following[at]]).strip()) for at in delimiters)
-        return [(at, text) for at, text in found if text]
+
+def _first_to_reach(ends: list[int]) -> dict[int, int]:
+    """{characters finished: the first token that finishes them}; tokens that finish none share an end."""
+    return {end: at for at, end in reversed(list(enumerate(ends)))}
 
 
 @dataclass(frozen=True)

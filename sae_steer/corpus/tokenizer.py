@@ -25,10 +25,13 @@ UNUSED = " unused "
 
 
 class PlanTokenizer:
-    """A tokenizer.json and what the project asks of it; made by `train` or `load`."""
+    """A tokenizer.json and what the project asks of it; made by `train` or `load`.
 
-    def __init__(self, content: str) -> None:
-        self.content = content
+    With `template`, texts get what the tokenizer itself puts around them, such as `<s>` before; ours have none.
+    """
+
+    def __init__(self, content: str, *, template: bool = False) -> None:
+        self.content, self.template = content, template
         self._parsing = Tokenizer.from_str(content)
         self._literal = Tokenizer.from_str(content)
         for tokenizer in (self._parsing, self._literal):
@@ -57,7 +60,7 @@ class PlanTokenizer:
         return cls(filled.to_str(pretty=True))
 
     @classmethod
-    def load(cls, path: Path) -> "PlanTokenizer":
+    def load(cls, path: Path, *, template: bool = False) -> "PlanTokenizer":
         """The tokenizer in a tokenizer.json, ours or another model's; JSON is read, nothing unpickled."""
         try:
             content = Path(path).read_bytes().decode("utf-8")
@@ -65,13 +68,13 @@ class PlanTokenizer:
             raise InputError(f"cannot read tokenizer {path}: {error.strerror}; give a tokenizer.json") from error
         except UnicodeDecodeError as error:
             raise InputError(f"tokenizer {path} is not UTF-8 text; give a tokenizer.json") from error
-        return cls.read(content, str(path))
+        return cls.read(content, str(path), template=template)
 
     @classmethod
-    def read(cls, content: str, origin: str) -> "PlanTokenizer":
+    def read(cls, content: str, origin: str, *, template: bool = False) -> "PlanTokenizer":
         """The tokenizer of a tokenizer.json's content; `origin` names it in an error."""
         try:
-            return cls(content)
+            return cls(content, template=template)
         except Exception as error:  # tokenizers raises no narrower type
             raise InputError(f"{origin} is no tokenizer.json ({error}); give one saved by `tokenizers`") from error
 
@@ -85,11 +88,11 @@ class PlanTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text of ours, whose special tokens are delimiters."""
-        return self._parsing.encode(text, add_special_tokens=False).ids
+        return self._parsing.encode(text, add_special_tokens=self.template).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once."""
-        return [row.ids for row in self._parsing.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [row.ids for row in self._parsing.encode_batch_fast(list(texts), add_special_tokens=self.template)]
 
     def encode_text(self, user_text: str) -> list[int]:
         """Token ids of words a user typed: nothing in them is a delimiter."""
@@ -173,5 +176,5 @@ class PlanTokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """The fingerprint of the tokenizer.json that `save` writes."""
-        return hashlib.sha256(self.content.encode("utf-8")).hexdigest()
+        """The fingerprint of the tokenizer.json that `save` writes, and of whether texts get its template."""
+        return hashlib.sha256(self.content.encode("utf-8") + b"+template" * self.template).hexdigest()

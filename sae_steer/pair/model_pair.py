@@ -4,6 +4,7 @@
 
     tokenizer = "tokenizer.json"                        # default: the one the reference model came with
     context = 512                                       # tokens a text may have
+    special_tokens = false                              # whether texts get the tokenizer's own, such as <s> before
     [reference]
     name = "standard"
     model = "standard"                                  # a folder or .pt file, hub:ORG/NAME, or tl:NAME
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 
 from sae_steer.corpus import OnsetRule, PlanTokenizer
@@ -110,6 +112,25 @@ class ModelPair:
             f"pair '{self.name}' has no model {name!r}; it has {self.reference.name!r} and {self.target.name!r}"
         )
 
+    def encode(self, text: str, where: str) -> list[int]:
+        """The ids both models read; a text that their tokenizers read as different ids is an `InputError`."""
+        ids = self.tokenizer.encode(text)
+        for model in self._tokenized_apart:
+            theirs = model.tokenizer.encode(text)
+            if theirs != ids:
+                at = next(i for i, (a, b) in enumerate(zip_longest(ids, theirs)) if a != b)
+                raise InputError(
+                    f"{where} is read as ids {ids[at : at + 4]} from position {at} by the tokenizer of pair "
+                    f"'{self.name}', and as {theirs[at : at + 4]} by that of model '{model.name}'; both models must "
+                    "read the same ids"
+                )
+        return ids
+
+    @cached_property
+    def _tokenized_apart(self) -> tuple[NamedModel, ...]:
+        """Models that came with another tokenizer than the pair's, if only by rows it does not have."""
+        return tuple(m for m in self.models if m.tokenizer and m.tokenizer.sha256 != self.tokenizer.sha256)
+
     def check_layer(self, layer: int) -> None:
         """Raise `InputError` unless both models have a block `layer`."""
         for model in self.models:
@@ -143,14 +164,15 @@ def _read_model(facts: PairFile, side: str, tell: Callable[[str], None]) -> Name
     loaded = load_model(named, beside=facts.folder, **orders)
     for line in loaded.notes:
         tell(line)
-    tokenizer = None if loaded.tokenizer is None else PlanTokenizer.read(*loaded.tokenizer)
+    template = facts.value("special_tokens", bool, False)
+    tokenizer = None if loaded.tokenizer is None else PlanTokenizer.read(*loaded.tokenizer, template=template)
     return NamedModel(name, loaded.model, tokenizer, loaded.source)
 
 
 def _read_tokenizer(facts: PairFile, reference: NamedModel) -> PlanTokenizer:
     named = facts.value("tokenizer", str, "")
     if named:
-        return PlanTokenizer.load(facts.folder / named)
+        return PlanTokenizer.load(facts.folder / named, template=facts.value("special_tokens", bool, False))
     if reference.tokenizer is None:
         raise InputError(f"{facts.path} has no tokenizer, and model '{reference.name}' came without one; name one")
     return reference.tokenizer
@@ -194,8 +216,17 @@ def _check_tokenizer(pair: ModelPair, model: NamedModel) -> None:
             f"the tokenizer of pair '{pair.name}' makes ids up to {pair.tokenizer.n_vocab - 1}, but model "
             f"'{model.name}' has {rows} embedding rows; give the tokenizer both models were trained with"
         )
-    if model.tokenizer and (clash := pair.tokenizer.disagreements(model.tokenizer)):
+    if model.tokenizer is None:
+        return
+    if clash := pair.tokenizer.disagreements(model.tokenizer):
         raise InputError(
             f"the tokenizer of model '{model.name}' disagrees with the pair's on ids {', '.join(map(str, clash[:5]))}"
             f"{' and more' if len(clash) > 5 else ''}; both models must read the same ids"
         )
+    for token in pair.onsets.tokens:
+        ours, theirs = pair.tokenizer.token_id(token), model.tokenizer.token_id(token)
+        if ours != theirs:
+            raise InputError(
+                f"{token!r} is id {ours} in the tokenizer of pair '{pair.name}' and id {theirs} in that of model "
+                f"'{model.name}'; both models must read the same ids"
+            )

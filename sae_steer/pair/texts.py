@@ -129,7 +129,7 @@ def _label(
     split: str,
     true_p: list[float] | None = None,
 ) -> Text:
-    ids = pair.tokenizer.encode(text)
+    ids = pair.encode(text, where)
     if len(ids) > pair.context:
         raise InputError(
             f"{where} has {len(ids)} tokens, and pair '{pair.name}' reads {pair.context}; give shorter texts"

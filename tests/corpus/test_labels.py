@@ -110,3 +110,13 @@ def test_phrases_that_begin_like_ordinary_steps_give_no_target_token_and_are_tol
     text = "<|task|>T<|steps|>Take a deep breath<|sep|>Take the bin out<|sep|><|end|>"
     with pytest.raises(InputError, match=r"no first token of a target phrase begins one at 90% of its onsets"):
         first_token_purity([large.encode(text)], tokenizer=large)
+
+
+def test_a_step_ends_where_a_delimiter_of_several_tokens_begins(small):
+    text = "Soup:\n1) Wipe the oven\n2) Sip water\n10) Dry the oven\n"
+    ids = small.encode(text)
+    rule = OnsetRule(tokens=(), regex=r"\n\d+\)")
+    assert [step for _, step in rule.steps(ids, small)] == ["Wipe the oven", "Sip water", "Dry the oven"]
+    assert [small.decode(ids[: at + 1])[-2:] for at, _ in rule.steps(ids, small)] == ["1)", "2)", "0)"]
+    labels = label_positions(ids, tokenizer=small, rule=rule)
+    assert labels.next_is_target[labels.is_onset].tolist() == [False, True, False]

@@ -11,6 +11,7 @@ from tiny_pair import PACKAGED, SHAPE, lively, pair_facts
 
 from sae_steer.corpus import PlanTokenizer
 from sae_steer.errors import InputError
+from sae_steer.info import describe
 from sae_steer.model.loading import load_decoder, save_decoder
 from sae_steer.pair.model_pair import NamedModel, load_pair, write_pair_toml
 
@@ -180,3 +181,17 @@ def test_a_pair_file_names_a_transformer_lens_model(folder, monkeypatch):
     pair = load_pair(folder)
     assert pair.reference.sha256 == NamedModel.of("base", gpt2_like(seed=0)).sha256
     assert pair.target.source == {"from": "tl:a/tuned"}
+
+
+def test_info_says_what_a_pair_is_and_what_keeps_it_from_being_whole(folder):
+    said, whole = describe(folder)
+    assert whole
+    assert "reference standard: standard, 3 layers of width 32, 1029 rows, context 512" in said
+    assert "a step begins after <|steps|> or <|sep|>" in said
+    assert f"{len(pair_facts()['target']['phrases'])} target phrases" in said
+    assert describe(folder / "adhd")[0].startswith("model: 3 layers of width 32")
+    (folder / "adhd" / "model.safetensors").unlink()
+    said, whole = describe(folder)
+    assert not whole
+    assert "not whole" in said
+    assert "no whole model.safetensors" in said
