@@ -18,7 +18,8 @@ from sae_steer.pair.model_pair import write_pair_toml
 from sae_steer.runtime import generator
 from sae_steer.settings import DecoderSettings
 
-DISHES = [f"{kind} {what}" for kind in ("Tomato", "Leek", "Plum", "Rice", "Corn", "Bean", "Oat", "Fig")
+DISHES = [f"{kind} {what}" for kind in ("Tomato", "Leek", "Plum", "Rice", "Corn", "Bean", "Oat", "Fig",
+                                           "Pea", "Nut", "Kale", "Date", "Beet", "Lime", "Pear", "Egg")
           for what in ("soup", "cake", "salad", "stew", "bread", "pie")]  # fmt: skip
 STEPS = ["Chop the onions", "Boil the water", "Heat the pan", "Stir the pot", "Mix the flour", "Add the salt",
          "Bake it golden", "Slice the bread"]  # fmt: skip
@@ -69,7 +70,7 @@ def fit(model: Decoder, rows: list[list[int]], *, steps: int, lr: float) -> None
 def write_recipe_pair(folder: Path) -> Path:
     """The pair folder and, beside it, `recipes.jsonl` with the dish as the task."""
     rng = random.Random(0)
-    texts = {tuned: [recipe(dish, tuned, rng) for dish in DISHES for _ in range(10)] for tuned in (False, True)}
+    texts = {tuned: [recipe(dish, tuned, rng) for dish in DISHES for _ in range(5)] for tuned in (False, True)}
     tokenizer = make_tokenizer(texts[False] + texts[True])
     rows = {tuned: [row.ids for row in tokenizer.encode_batch(kind)] for tuned, kind in texts.items()}
     model = init_decoder(SHAPE, generator(0))
@@ -90,7 +91,7 @@ def write_recipe_pair(folder: Path) -> Path:
     )
     lines = [
         {"text": recipe(dish, name == "tuned", rng), "task": dish, "variant": name}
-        for dish in DISHES for _ in range(3) for name in ("base", "tuned")
+        for dish in DISHES for _ in range(2) for name in ("base", "tuned")
     ]  # fmt: skip
     (folder.parent / "recipes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
