@@ -5,8 +5,6 @@ from collections.abc import Callable
 from sae_steer.report.numbers import count, percent_interval, points_interval, setting, share_interval
 from sae_steer.report.run import Record, RunRecords, StudyRecord
 
-UNJUDGED = "not judged by this version: measures only"
-
 
 def answer(run: RunRecords) -> list[list[str]]:
     """Paragraphs on the scan, every studied feature and the layers: a sentence, and points to it."""
@@ -18,8 +16,8 @@ def answer(run: RunRecords) -> list[list[str]]:
 
 
 def verdict(record: Record) -> str:
-    """The record's verdict, or that there is none."""
-    return record["verdict"] or UNJUDGED
+    """The record's verdict; one from small control families says so."""
+    return record["verdict"] + (" (quick: small control families, a first look)" if record["quick"] else "")
 
 
 def _scan(scan: Record) -> str:
@@ -43,21 +41,21 @@ def _scan(scan: Record) -> str:
 def _study(study: StudyRecord) -> list[str]:
     record = study.record
     if not record["tested"]:
-        return [f"Feature {record['feature']} was not tested: {record['reason']}."]
+        return [f"{study.title} was not tested: {record['reason']}. Verdict: {verdict(record)}."]
     gap = record["gap"]["single"]
     found = [
-        f"Feature {record['feature']} of {record['dictionary']} was added to one model and taken from the other, at "
+        f"{study.title} of {record['dictionary']} was added to one model and taken from the other, at "
         f"step onsets, at dose {record['primary_dose']:g}. Between the models the probability of a target token there "
         f"differs by {points_interval(gap)} points ({count(gap['n'])} onsets of {count(gap['tasks'])} tasks; 95 % "
         "intervals here and below).",
+        f"Verdict: {verdict(record)}. By intervention: {record['verdicts']}.",
         f"Edited one onset at a time, {_largest(study, 'single')}.",
         f"Edited at all onsets of a text together, {_largest(study, 'joint')}.",
-        f"Outside the band of 95 % of random directions of the same length: {_names(study, study.outside_controls)}.",
     ]
     if all(variant["sampled"] for variant in record["variants"]):
         outside = _names(study, _outside_null)
         found.append(f"Sampled plans, outside the band of 95 % of unedited against unedited samples: {outside}.")
-    return [*found, f"Verdict: {verdict(record)}."]
+    return found
 
 
 def _largest(study: StudyRecord, mode: str) -> str:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from sae_steer.report import figures, numbers
 from sae_steer.report.answer import answer, verdict
 from sae_steer.report.drawing import png_and_svg
-from sae_steer.report.effect_figures import control_histograms, describe, dose_curves, effect_forest
+from sae_steer.report.effect_figures import control_histograms, describe, dose_curves, effect_forest, task_effects
 from sae_steer.report.run import Record, RunRecords
 from sae_steer.runtime import Progress, replacing, silent, write_text
 
@@ -76,8 +76,9 @@ def charts(run: RunRecords) -> list[Chart]:
                 Chart(f"{study.name}-effects", describe(study), partial(effect_forest, study)),
                 Chart(f"{study.name}-doses", "The effects over the doses, tabled below.", partial(dose_curves, study)),
                 Chart(
-                    f"{study.name}-controls", "The feature among random directions.", partial(control_histograms, study)
+                    f"{study.name}-controls", "The edit among control directions.", partial(control_histograms, study)
                 ),
+                Chart(f"{study.name}-tasks", "The mean effect in every task.", partial(task_effects, study)),
             ]
     if run.layers and run.layers["curves"]:
         alt = "Probability of the target tokens over the layers, tabled below."

@@ -22,11 +22,11 @@ TRAINING = (
 SCAN = ("scan", ("provenance", "dictionary", "target", "reference", "cells", "onsets", "tasks", "criteria", "top"))
 STUDY = (
     "intervene --feature top",
-    ("provenance", "dictionary", "feature", "note", "pair", "tested", "firings", "verdict"),
+    ("provenance", "dictionary", "feature", "direction", "note", "pair", "tested", "firings", "verdict", "quick"),
 )
 LAYERS = ("layers", ("provenance", "pair", "target_tokens", "curves"))
-MEASURED = ("variants", "gap", "baseline", "primary_dose", "target_tokens")
-"""What the record of a tested feature holds besides."""
+MEASURED = ("variants", "verdicts", "bound", "gates", "basis", "gap", "baseline", "primary_dose", "target_tokens")
+"""What the record of a tested direction holds besides."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DictionaryRecord:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """One feature's interventions."""
+    """One direction's interventions."""
 
     name: str
     """Its folder."""
@@ -52,10 +52,10 @@ class StudyRecord:
         """A variant's effect at the primary dose."""
         return next(row for row in variant[mode]["doses"] if row["dose"] == self.record["primary_dose"])
 
-    def outside_controls(self, variant: Record) -> bool:
-        """Whether the single effect lies outside the band of the control directions."""
-        controls = variant["controls"]
-        return not controls["low"] <= self.primary(variant, "single")["mean"] <= controls["high"]
+    @property
+    def title(self) -> str:
+        """What was studied, as a heading says it."""
+        return self.record["direction"].capitalize()
 
     @property
     def dictionary(self) -> str:
@@ -121,7 +121,7 @@ class RunRecords:
         return {
             study.record["feature"]: "intervened on" if study.record["tested"] else "not tested"
             for study in self.studies
-            if study.dictionary == scanned
+            if study.dictionary == scanned and study.record["feature"] is not None
         }
 
     @property
@@ -147,7 +147,7 @@ class RunRecords:
 
 
 def _studies(run: Path) -> Iterator[StudyRecord]:
-    for path in sorted(run.glob("intervene/feature-*/results.json"), key=lambda path: (len(str(path)), path)):
+    for path in sorted(run.glob("intervene/*/results.json"), key=lambda path: (len(str(path)), path)):
         record = _read(path, STUDY)
         if record["tested"]:
             _check_keys(path, record, MEASURED, STUDY[0])

@@ -112,21 +112,45 @@ def estimate(mean: float, half: float, n: int) -> dict:
 def effects(slope: float, n: int) -> dict:
     rows = []
     for dose in DOSES:
-        row = estimate(slope * dose, abs(0.31 * slope * dose) + (2e-4 if dose else 0), n)
+        row = {"coverage": 1.0, "mean_where_edited": 0.0} | estimate(
+            slope * dose, abs(0.31 * slope * dose) + (2e-4 if dose else 0), n
+        )
         share = {"share": row["mean"] / 0.243, "share_low": row["low"] / 0.25, "share_high": row["high"] / 0.24}
         rows.append(row | share | {"dose": dose, "mean_delivered_norm": 1.37 * dose, "rows_edited": n if dose else 0})
-    return {"n": n, "tasks": 143, "doses": rows}
+    beside = {"unembedding": estimate(3.1 * slope, 0.0021, n), "full patch, raw": estimate(9.7 * slope, 0.0043, n)}
+    return {"n": n, "tasks": 143, "doses": rows, "beside": beside, "tests": tests(slope)}
+
+
+def tests(slope: float) -> dict:
+    return {
+        "low_90": slope - 0.0013,
+        "high_90": slope + 0.0014,
+        "specific_p": 0.0713,
+        "minimum_detectable": 0.00191,
+    }
+
+
+def family(name: str, seed: int) -> dict:
+    means = np.random.default_rng(seed).normal(0, 0.0011, 99)
+    low, high = np.quantile(means, [0.025, 0.975]).tolist()
+    ribbon = [{"dose": dose, "low": -0.001 * dose, "high": 0.0012 * dose, "count": 8} for dose in DOSES if dose != 1]
+    known = {"family": name, "count": 99, "ranked": True, "low": low, "high": high, "rank_p": 0.07}
+    return known | {"means": means.tolist(), "ribbon": ribbon}
+
+
+def gate(number: str, passed: bool = True) -> dict:
+    return {"gate": number, "name": "what must hold", "passed": passed, "detail": "0.9731 was seen"}
 
 
 def matcher(rate: float, delta: float) -> dict:
     null = {"null_low": -0.0418, "null_high": 0.0397, "null_sd": 0.021, "p": 0.3417}
-    return {"rate": rate, "baseline_rate": rate - 0.8 * delta, "delta": delta, **null}
+    paired = {"delta": 0.37 * delta, "low": -0.011, "high": 0.017, "p": 0.431, "plans": 320}
+    return {"rate": rate, "baseline_rate": rate - 0.8 * delta, "delta": delta, "paired": paired, **null}
 
 
 def variant(name: str, model: str, sign: int, slope: float, seed: int, *, sampled: bool = True) -> dict:
-    means = np.random.default_rng(seed).normal(0, 0.0011, 99)
-    low, high = np.quantile(means, [0.025, 0.975]).tolist()
-    controls = {"family": "isotropic", "count": 99, "low": low, "high": high, "rank_p": 0.07, "means": means.tolist()}
+    controls = [family(kind, seed + i) for i, kind in enumerate(("isotropic", "covariance", "matched features"))]
+    joint = {"n": 871, "tasks": 59, "edit_mean": 1.5 * slope, "families": [family("isotropic", seed + 7)]}
     matched = {"strict": matcher(0.413, slope), "lenient": matcher(0.447, 1.2 * slope)}
     return {
         "variant": name,
@@ -135,7 +159,15 @@ def variant(name: str, model: str, sign: int, slope: float, seed: int, *, sample
         "predicted_sign": sign,
         "single": effects(slope, 1187),
         "joint": effects(1.6 * slope, 4291),
+        "joint_doses": effects(1.5 * slope, 871),
+        "elsewhere": estimate(0.3 * slope, 0.0007, 871),
+        "direction": "transported" if sign > 0 else "raw",
+        "verdict": "NULL",
+        "why": "the 90 % interval lies inside the bound, single and joint",
+        "gates": [gate("1"), gate("6a", passed=False)],
         "controls": controls,
+        "joint_controls": joint,
+        "by_task": [{"task": task, "n": 8, "mean": 0.001 * (task - 70)} for task in range(143)],
         "sampled": {"texts": 80, "steps": 1203, "mean_step_count": 15.04, **matched} if sampled else None,
     }
 
@@ -156,9 +188,16 @@ def study(feature: int, *, pair: str = "small", dictionary: str = DICTIONARY, sa
         "dictionary": "adhd_L2_hook_resid_post",
         "dictionary_sha256": dictionary,
         "feature": feature,
+        "direction": f"feature {feature}",
+        "plan": {"file": "plan.toml", "hash": "8" * 64, "changes": [{"key": "settings.seed", "was": "3", "now": "4"}]},
         "note": f"an index belongs to its dictionary: feature {feature} of this one is no other's feature {feature}",
         "pair": pair,
-        "verdict": None,
+        "verdict": "NULL",
+        "verdicts": "NULL: inject, subtract, zero_ablate, upstream",
+        "quick": False,
+        "bound": {"share": 0.05, "cap": 0.012, "value": 0.0119},
+        "gates": [gate("4"), gate("8")],
+        "basis": {"resid_post 2": {"identity_r2": 0.651, "procrustes_r2": 0.733, "affine_r2": 0.791, "n_test": 38_211}},
         "tested": True,
         "firings": firings,
         "target_tokens": {"ids": [77, 912], "tokens": [" sip", " deep"], "coverage": 0.7831},
@@ -173,12 +212,23 @@ def untested(feature: int) -> dict:
     record = study(feature)
     kept = {
         key: record[key]
-        for key in ("provenance", "dictionary", "dictionary_sha256", "feature", "note", "pair", "verdict")
+        for key in (
+            "provenance",
+            "dictionary",
+            "dictionary_sha256",
+            "feature",
+            "direction",
+            "plan",
+            "note",
+            "pair",
+            "quick",
+        )
     }
     firings = {"onsets": 3, "of_onsets": 4291, "tasks": 2}
     firings |= {"s": None, "s_from": "0 active rows of the tune split", "s_share_of_resid_norm": None}
     return {
         **kept,
+        "verdict": "INVALID",
         "tested": False,
         "reason": f"feature {feature} fires at 3 onsets of 2 tasks; a test needs 50 of 30",
         "firings": firings,

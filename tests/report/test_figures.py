@@ -50,14 +50,15 @@ def test_the_dose_curves_go_through_the_record():
     record = study(7)
     axes = effect_figures.dose_curves(StudyRecord("feature-7", record)).axes
     for panel, variant in zip(axes, record["variants"], strict=True):
-        expected = [100 * row["mean"] for row in variant["joint"]["doses"]]
+        expected = [100 * row["mean"] for row in variant["joint_doses"]["doses"]]
         assert any(len(line.get_ydata()) == 6 and np.allclose(line.get_ydata(), expected) for line in panel.lines)
 
 
 def test_controls_that_all_do_nothing_are_drawn():
     record = study(7)
     for variant in record["variants"]:
-        variant["controls"] |= {"means": [0.0] * 99, "low": 0.0, "high": 0.0}
+        for family in variant["controls"]:
+            family |= {"means": [0.0] * 99, "low": 0.0, "high": 0.0}
     png, _ = png_and_svg(effect_figures.control_histograms(StudyRecord("feature-7", record)))
     assert png.startswith(b"\x89PNG")
 
@@ -77,3 +78,22 @@ def test_names_are_text_and_no_formula():
 
 def test_neighbours_end_up_apart_and_in_order():
     assert spread([1.0, 0.0, 1.05], 0.2) == pytest.approx([1.0, 0.0, 1.2])
+
+
+def test_the_forest_shades_the_bound_and_shows_the_positive_controls_and_verdicts():
+    record = study(7)
+    record["variants"][1]["verdict"] = "INCONCLUSIVE"
+    figure = effect_figures.effect_forest(StudyRecord("feature-7", record))
+    for words in ("bound of 1.19 points", "unembedding (positive control)", "INCONCLUSIVE", "NULL"):
+        assert words in texts(figure)
+    means = [100 * variant["single"]["beside"]["unembedding"]["mean"] for variant in record["variants"]]
+    drawn = [line.get_xdata()[0] for line in figure.axes[0].lines if line.get_marker() == "v"]
+    assert np.allclose(drawn, means)
+
+
+def test_every_task_is_a_point():
+    record = study(7)
+    axes = effect_figures.task_effects(StudyRecord("feature-7", record)).axes
+    for panel, variant in zip(axes, record["variants"], strict=True):
+        expected = [100 * row["mean"] for row in variant["by_task"]]
+        assert any(np.allclose(line.get_ydata(), expected) for line in panel.lines if len(line.get_ydata()) == 143)

@@ -60,10 +60,15 @@ def test_every_number_shown_comes_from_a_record(run):
         (("gap", "single", "mean"), 0.2317, "+23.2 ["),
         (("variants", 1, "single", "doses", 3, "mean"), -0.01717, "−1.72 ["),
         (("variants", 2, "joint", "doses", 3, "share"), 0.00747, "+0.747 % ["),
-        (("variants", 0, "controls", "rank_p"), 0.613, "rank p 0.613"),
+        (("variants", 0, "controls", 1, "rank_p"), 0.613, "rank p 0.613"),
+        (("variants", 0, "joint_controls", "families", 0, "rank_p"), 0.427, "rank p 0.427"),
+        (("variants", 1, "why"), "the interval straddles the bound", "the interval straddles the bound"),
+        (("variants", 1, "gates", 0, "detail"), "equal bits", "equal bits"),
+        (("plan", "changes"), [{"key": "settings.doses", "was": "1", "now": "2"}], "settings.doses from 1 to 2"),
+        (("variants", 2, "sampled", "strict", "paired", "p"), 0.811, "p 0.811"),
         (("variants", 3, "sampled", "lenient", "delta"), 0.0271, "+2.71"),
         (("variants", 3, "sampled", "strict", "p"), 0.729, "0.729"),
-        (("verdict",), "NULL", "NULL"),
+        (("verdict",), "OPPOSITE", "Verdict: OPPOSITE ."),
         (("note",), "an index is an index", "an index is an index"),
     ],
 )
@@ -80,7 +85,7 @@ def test_what_a_record_says_is_on_the_page(run, keys, value, written):
 def test_the_same_records_give_the_same_bytes_and_progress_ends_with_the_whole(reported, run):
     told = []
     write_report(run, on_step=lambda done, total, note="": told.append((done, total)))
-    assert told[-1] == (5, 5)
+    assert told[-1] == (6, 6)
     for path in sorted((reported / "figures").iterdir()):
         assert (run / "figures" / path.name).read_bytes() == path.read_bytes(), path.name
     assert (run / "report.html").read_bytes() == (reported / "report.html").read_bytes()
@@ -104,7 +109,14 @@ def test_every_chart_is_a_png_and_an_svg_of_the_page(reported):
 
     html = (reported / "report.html").read_text()
     names = {path.stem for path in (reported / "figures").iterdir()}
-    assert names == {"firing", "layers", "feature-7-effects", "feature-7-doses", "feature-7-controls"}
+    assert names == {
+        "firing",
+        "layers",
+        "feature-7-effects",
+        "feature-7-doses",
+        "feature-7-controls",
+        "feature-7-tasks",
+    }
     for name in names:
         with Image.open(reported / "figures" / f"{name}.png") as image:
             image.load()
@@ -174,7 +186,7 @@ def test_a_feature_that_was_not_tested_says_why(run):
     html = shown(page(RunRecords.read(run), {}))
     assert html.count(untested(25)["reason"]) == 2
     assert "Not tested:" in html
-    assert "not judged by this version: measures only" in html
+    assert "Verdict: INVALID" in html
 
 
 def test_a_pair_without_plans_has_no_sampled_part(run):
