@@ -6,6 +6,7 @@ A `FanRequest` is hundreds of directions at each onset alone, of which only the 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -200,7 +201,7 @@ class FanRequest:
         return (torch.stack(values).double().cpu(),)
 
 
-def read(model: LanguageModel, layer: int, requests: Sequence[Request | FanRequest], measure: Measure) -> list[tuple]:
+def read(model: LanguageModel, layer: int, requests: Sequence[Request | FanRequest], measure: Measure) -> list[Any]:
     """What each request asks of the stream after block `layer`, at every onset under every edit.
 
     The requests' onsets are of the same texts, so that the unedited pass of a batch runs once for all of them.

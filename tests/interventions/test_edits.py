@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from sae_steer.interventions.edits import Control, Inject, Subtract, ZeroAblate, isotropic
+from sae_steer.interventions.controls import isotropic
+from sae_steer.interventions.edits import Control, Inject, Subtract, ZeroAblate
 from sae_steer.runtime import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 

@@ -64,11 +64,11 @@ def test_every_number_shown_comes_from_a_record(run):
         (("variants", 0, "joint_controls", "families", 0, "rank_p"), 0.427, "rank p 0.427"),
         (("variants", 1, "why"), "the interval straddles the bound", "the interval straddles the bound"),
         (("variants", 1, "gates", 0, "detail"), "equal bits", "equal bits"),
-        (("plan", "changes"), [{"key": "settings.doses", "was": "1", "now": "2"}], "settings.doses from 1 to 2"),
+        (("plan", "changes"), [{"key": "settings.doses", "was": "1", "now": "2"}], "from 1 to 2"),
         (("variants", 2, "sampled", "strict", "paired", "p"), 0.811, "p 0.811"),
         (("variants", 3, "sampled", "lenient", "delta"), 0.0271, "+2.71"),
         (("variants", 3, "sampled", "strict", "p"), 0.729, "0.729"),
-        (("verdict",), "OPPOSITE", "Verdict: OPPOSITE ."),
+        (("verdict",), "OPPOSITE", "OPPOSITE"),
         (("note",), "an index is an index", "an index is an index"),
     ],
 )
