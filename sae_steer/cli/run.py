@@ -7,25 +7,31 @@ import click
 
 from sae_steer.cli.group import main
 from sae_steer.cli.options import force_option, open_pair, pair_option, places_options
+from sae_steer.settings import CONTROLS, InterveneSettings
 
 
 @main.command()
 @places_options
 @click.option("--feature", default="top", help="An index of the dictionary, top, or like-2504.")
+@click.option("--full", is_flag=True, help=f"{CONTROLS['full']} control directions a family, not {CONTROLS['quick']}.")
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/PAIR]")
 @force_option
-def run(pair, cache_folder, feature, out, force) -> None:
+def run(pair, cache_folder, feature, full, out, force) -> None:
     """The whole study: cache, train-sae, scan, intervene, layers, report.
+
+    The interventions are a first look (`intervene --quick`), and the verdict says so, unless --full.
 
     \b
     Example:
         sae-steer run --pair small
     """
-    from sae_steer.study import run_study
+    from sae_steer.study import StudySettings, run_study
     from sae_steer.terminal import Bar, TrainingBar
 
     loaded, places = open_pair(pair, cache_folder, out)
-    report = run_study(loaded, places, feature=feature, force=force, progress=Bar, log=TrainingBar(Bar("train-sae")))
+    settings = StudySettings(intervene=InterveneSettings(controls=CONTROLS["full" if full else "quick"]))
+    bar = TrainingBar(Bar("train-sae"))
+    report = run_study(loaded, places, feature=feature, settings=settings, force=force, progress=Bar, log=bar)
     click.echo(report)
 
 

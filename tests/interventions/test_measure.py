@@ -7,7 +7,7 @@ from toy import CAUSE, FEATURE, SHAPE
 
 from sae_steer.interventions import measure
 from sae_steer.interventions.controls import isotropic
-from sae_steer.interventions.edits import Fan, Inject, Patch, ZeroAblate
+from sae_steer.interventions.edits import Control, Fan, Inject, Patch, ZeroAblate
 from sae_steer.interventions.measure import FanRequest, OnsetRows, Request, read, unedited
 from sae_steer.model.readout import TargetMass
 from sae_steer.runtime import generator
@@ -134,22 +134,16 @@ def test_readings_do_not_depend_on_how_texts_are_batched(pair, texts, chosen, on
     np.testing.assert_allclose(alone.value, together.value, atol=1e-6, rtol=1e-4)
 
 
-def test_a_fan_reads_what_its_directions_read_one_by_one_and_nothing_where_nothing_moves(
-    pair, onsets, dictionary, scan
-):
-    feature = int(scan.target_rate.argmax())
-    for edit in (Inject(dictionary.sae.direction(feature), 8.0), ZeroAblate(dictionary.sae, feature)):
-        units = isotropic(5, 128, generator(2))
-        fan = Fan(edit, units, torch.tensor([1.0, 1.0, 2.0, 0.5, 1.0]))
-        apart = [
-            lambda r, u=u, k=k: r + k * fan.lengths(r)[..., None] * u for u, k in zip(units, fan.scales, strict=True)
-        ]
-        one_by_one, fanned = read(
-            pair.target.decoder, 2, [Request(onsets, [unedited, *apart]), FanRequest(onsets, fan)], MASS
-        )
-        np.testing.assert_allclose(fanned, one_by_one.value[:, 1:], atol=1e-6, rtol=1e-4)
-        still = one_by_one.delivered[:, 1] == 0
-        np.testing.assert_allclose(fanned[still], one_by_one.value[still, :1].repeat(5, 1), atol=1e-6, rtol=1e-4)
+@pytest.mark.parametrize("kind", ["inject", "zero_ablate"])
+def test_a_fan_reads_what_its_directions_read_one_by_one(pair, onsets, edits, kind):
+    edit, units = edits[kind], isotropic(5, 128, generator(2))
+    fan = Fan(edit, units, torch.tensor([1.0, 1.0, 2.0, 0.5, 1.0]))
+    apart = [Control(lambda r, k=k: r + k * (edit(r) - r), u) for u, k in zip(units, fan.scales, strict=True)]
+    requests = [Request(onsets, [unedited, *apart]), FanRequest(onsets, fan)]
+    one_by_one, fanned = read(pair.target.decoder, 2, requests, MASS)
+    np.testing.assert_allclose(fanned, one_by_one.value[:, 1:], atol=1e-6, rtol=1e-4)
+    still = one_by_one.delivered[:, 1] == 0
+    np.testing.assert_allclose(fanned[still], one_by_one.value[still, :1].repeat(5, 1), atol=1e-6, rtol=1e-4)
 
 
 def test_side_effects_are_those_of_the_predictions(pair, texts, onsets, edits):
