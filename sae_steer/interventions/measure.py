@@ -195,9 +195,9 @@ class FanRequest:
             here, position = before[row, slot], int(batch.positions[row, slot])
             if lengths[row, slot] > 0:
                 copies = self.fan(here, lengths[row, slot])
-                values.append(measure(clean.read_many(row, position, copies)))
+                values.append(clean.read_many(row, position, copies, measure))
             else:
-                values.append(measure(clean.read_many(row, position, here[None])).expand(len(self.fan)))
+                values.append(clean.read_many(row, position, here[None], measure).expand(len(self.fan)))
         return (torch.stack(values).double().cpu(),)
 
 

@@ -187,7 +187,7 @@ class Decoder(nn.Module):
         start: int = 0,
         stop: int | None = None,
         attend: Attend = causal,
-        positions: Int[Tensor, "batch query"] | None = None,
+        positions: Int[Tensor, " batch #query"] | None = None,
     ) -> Float[Tensor, "batch query d_model"]:
         """Carry `resid`, the input of block `start`, through the blocks before `stop` (default: all)."""
         places = torch.arange(resid.shape[1], device=resid.device) if positions is None else positions
