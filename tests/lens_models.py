@@ -9,9 +9,10 @@ def gpt2_like(*, seed: int = 0, d_vocab: int = 1029, n_layers: int = 3, n_ctx: i
 
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+    widths = {"d_model": 32, "d_head": 8, "n_heads": 4, "d_mlp": 64, **changes}
     config = HookedTransformerConfig(
-        n_layers=n_layers, d_model=32, d_head=8, n_heads=4, d_mlp=64, n_ctx=n_ctx, d_vocab=d_vocab,
-        act_fn="gelu_new", normalization_type="LN", seed=seed, device="cpu", **changes,
+        n_layers=n_layers, n_ctx=n_ctx, d_vocab=d_vocab, act_fn="gelu_new", normalization_type="LN", seed=seed,
+        device="cpu", **widths,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated")

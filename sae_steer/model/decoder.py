@@ -176,6 +176,10 @@ class Decoder(nn.Module):
         if not 0 <= layer < self.shape.n_layers:
             raise InputError(f"{name} has no layer {layer}; it has layers 0 to {self.shape.n_layers - 1}")
 
+    def resid_post(self, layer: int) -> nn.Module:
+        """What puts out the stream after block `layer`: the block."""
+        return self.layers[layer]
+
     def embed(self, tokens: Int[Tensor, "batch query"]) -> Float[Tensor, "batch query d_model"]:
         """The residual stream before block 0."""
         return self.embed_tokens(tokens)

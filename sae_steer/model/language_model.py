@@ -22,6 +22,11 @@ class LanguageModel(Protocol):
     """A causal model with one residual stream. Texts are right-padded: nothing real looks ahead."""
 
     shape: Shape
+    layers: nn.ModuleList
+    """The blocks, each from residual stream to residual stream."""
+    embed_tokens: nn.Module
+    norm: nn.Module
+    """What the stream enters after the last block."""
 
     @property
     def device(self) -> torch.device:
@@ -54,6 +59,14 @@ class LanguageModel(Protocol):
         self, tokens: Int[Tensor, "batch pos"], layers: tuple[int, ...]
     ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
         """The streams after the blocks asked for; nothing above the last of them is computed."""
+
+    def resid_post(self, layer: int) -> nn.Module:
+        """What puts out the stream after block `layer`; whoever reads that stream reads behind its hooks."""
+
+    def run(
+        self, resid: Float[Tensor, "batch pos d_model"], *, start: int = 0, stop: int | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Carry `resid`, the input of block `start`, through the blocks before `stop` (default: all)."""
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Final norm and unembedding; on a stream below the last block, the logit lens."""

@@ -105,6 +105,12 @@ NOT_OF_THE_FUNCTION = (
 """Fields of a TransformerLens config on which no output depends."""
 
 
+KeysAndValues = tuple[
+    Float[Tensor, "batch past kv_head d_head"],
+    Float[Tensor, "batch past kv_head d_head"],
+]
+
+
 class LensModel(nn.Module):
     """A `HookedTransformer` as a model of a pair: its own forward, weights as they are, nothing folded or centred."""
 
@@ -125,6 +131,21 @@ class LensModel(nn.Module):
     def shape(self) -> "HookedTransformerConfig":
         """The TransformerLens config, whose names `DecoderSettings` shares."""
         return self.hooked.cfg
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks, each from residual stream to residual stream."""
+        return self.hooked.blocks
+
+    @property
+    def embed_tokens(self) -> nn.Module:
+        """What reads the tokens."""
+        return self.hooked.embed
+
+    @property
+    def norm(self) -> nn.Module:
+        """What the stream enters after the last block."""
+        return self.hooked.ln_final if self.shape.normalization_type is not None else self.hooked.unembed
 
     @property
     def device(self) -> torch.device:
@@ -178,6 +199,41 @@ class LensModel(nn.Module):
             **self._right_padded,
         )
         return {layer: cache[site] for layer, site in sites.items()}
+
+    def resid_post(self, layer: int) -> nn.Module:
+        """The hook point of the stream after block `layer`."""
+        return self.hooked.blocks[layer].hook_resid_post
+
+    def run(
+        self,
+        resid: Float[Tensor, "batch pos d_model"],
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        past: dict[int, KeysAndValues] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Carry `resid`, the input of block `start`, through the blocks before `stop` (default: all).
+
+        Args:
+            past: by block, what `keys_and_values` found for the tokens that come before these.
+        """
+        from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as Entry
+
+        stop = self.shape.n_layers if stop is None else stop
+        if start == stop:
+            return resid
+        entries = None if past is None else {layer: Entry(*pair, frozen=True) for layer, pair in past.items()}
+        return self.hooked(resid, start_at_layer=start, stop_at_layer=stop, past_kv_cache=entries)
+
+    def keys_and_values(self, resid: Float[Tensor, "batch pos d_model"], start: int) -> dict[int, KeysAndValues]:
+        """What the blocks from `start` on attend to, by block, before rotation: TransformerLens rotates on reading."""
+        from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as Entry
+
+        above = range(start, self.shape.n_layers)
+        entries = {layer: Entry.init_cache_entry(self.shape, self.device, len(resid)) for layer in above}
+        if entries:
+            self.hooked(resid, start_at_layer=start, stop_at_layer=self.shape.n_layers, past_kv_cache=entries)
+        return {layer: (entry.past_keys, entry.past_values) for layer, entry in entries.items()}
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Final norm, unembedding and whatever the model does to its logits; below the last block, the logit lens."""

@@ -2,15 +2,30 @@
 
 import pytest
 import torch
+from conftest import SHAPES
+from lens_models import gpt2_like
+from tiny_pair import lively
 from torch import Tensor
 
 from sae_steer.errors import InputError, NotDeliveredError
 from sae_steer.interventions.edits import Inject, Subtract
+from sae_steer.model.lens import adapt, to_hooked_transformer
 from sae_steer.model.replay import CleanPass, edited, whole_pass
 from sae_steer.runtime import generator
 
 POSITIONS = torch.tensor([[0, 7, 39], [3, 3, 20], [38, 1, 12]])
 LAYERS = [0, 1, 3]
+LENS = ["TransformerLens, learned positions", "TransformerLens, rotary and grouped queries"]
+
+
+@pytest.fixture(params=[*SHAPES, *LENS])
+def model(request):
+    """The native decoder in three shapes, and two models that TransformerLens runs."""
+    if request.param == LENS[0]:
+        return adapt(gpt2_like(d_vocab=64, n_layers=4, d_model=128, n_heads=4, d_head=32))
+    if request.param == LENS[1]:
+        return adapt(to_hooked_transformer(lively(SHAPES["grouped queries"], 1)))
+    return lively(SHAPES[request.param], 1)
 
 
 def site(layer: int) -> str:
