@@ -1,22 +1,14 @@
 """Random models in three shapes, and tokens for them."""
 
-import dataclasses
 from collections.abc import Iterator
 
 import pytest
 import torch
+from decoder_shapes import SHAPES
 from tiny_pair import lively
 
 from sae_steer.model.decoder import Decoder
 from sae_steer.runtime import generator
-from sae_steer.settings import PRESETS
-
-TINY = dataclasses.replace(PRESETS["small"], n_layers=4, d_vocab=64, d_mlp=96)
-SHAPES = {
-    "tied": TINY,
-    "untied": dataclasses.replace(TINY, tied=False),
-    "grouped queries": dataclasses.replace(TINY, n_kv_heads=2, rope_base=500_000.0),
-}
 
 
 @pytest.fixture(autouse=True, scope="module")

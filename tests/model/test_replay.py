@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SHAPES
+from decoder_shapes import SHAPES
 from lens_models import gpt2_like
 from tiny_pair import lively
 from torch import Tensor
