@@ -104,7 +104,8 @@ def _new_manifest(pair: ModelPair, layers: tuple[int, ...], dtype: str, source: 
         "format": FORMAT,
         "pair": pair.name,
         "models": {
-            model.name: {"sha256": model.sha256, "d_model": model.decoder.shape.d_model} for model in pair.models
+            model.name: {"sha256": model.sha256, "d_model": model.decoder.shape.d_model, **model.names_read}
+            for model in pair.models
         },
         "tokenizer": pair.tokenizer.sha256,
         "layers": list(layers),

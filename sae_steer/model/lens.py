@@ -127,6 +127,11 @@ class LensModel(nn.Module):
             )
         self.hooked = hooked.eval().requires_grad_(False)
 
+    def to(self, device: torch.device | str) -> "LensModel":
+        """Moved by TransformerLens itself, whose config says where inputs go."""
+        self.hooked.to(device, print_details=False)
+        return self
+
     @property
     def shape(self) -> "HookedTransformerConfig":
         """The TransformerLens config, whose names `DecoderSettings` shares."""

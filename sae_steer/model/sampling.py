@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae_steer.model.batching import pad
 from sae_steer.model.decoder import Decoder, Heads, KVHeads, Storing
+from sae_steer.model.language_model import LanguageModel
 
 ROOM = 64
 """Positions by which buffers of keys and values grow."""
@@ -49,7 +50,7 @@ class Growing:
 
 @torch.no_grad()
 def sample(
-    model: Decoder,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
     end_id: int,
@@ -72,6 +73,8 @@ def sample(
     texts: list[list[int]] = [[] for _ in prompts]
     if not texts:
         return texts
+    if not isinstance(model, Decoder):
+        return _sample_rereading(model, prompts, generators, end_id, max_tokens, temperature)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     stored = Storing()
     resid = model.run(model.embed(pad([list(prompt) for prompt in prompts], 0).to(model.device)), attend=stored)
@@ -80,8 +83,7 @@ def sample(
     rows = torch.arange(len(prompts), device=model.device)  # the prompt of each row still in the batch
     going = lengths < max_tokens
     while going.any():
-        drawn_noise = [torch.rand(len(prompts) // len(generators), generator=part) for part in generators]
-        noise = torch.cat(drawn_noise).to(model.device)[rows]
+        noise = _noise(generators, len(prompts)).to(model.device)[rows]
         drawn = _draw(logits / temperature, noise)
         for row, token, goes in zip(rows.tolist(), drawn.tolist(), going.tolist(), strict=True):
             if goes:
@@ -96,6 +98,33 @@ def sample(
         logits = model.unembed(resid[:, 0])
         cache.positions = cache.positions + going.long()
     return texts
+
+
+def _sample_rereading(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    generators: Sequence[torch.Generator],
+    end_id: int,
+    max_tokens: int,
+    temperature: float,
+) -> list[list[int]]:
+    """`sample` of a model that stores no keys and values here: each step reads the texts from their beginning."""
+    texts = [list(prompt) for prompt in prompts]
+    going = [row for row, text in enumerate(texts) if len(text) < max_tokens]
+    while going:
+        noise = _noise(generators, len(prompts))[going].to(model.device)
+        lengths = torch.tensor([len(texts[row]) for row in going], device=model.device)
+        logits = model(pad([texts[row] for row in going], 0).to(model.device))
+        last = logits[torch.arange(len(going), device=model.device), lengths - 1]
+        drawn = _draw(last / temperature, noise).tolist()
+        for row, token in zip(going, drawn, strict=True):
+            texts[row].append(token)
+        going = [row for row in going if texts[row][-1] != end_id and len(texts[row]) < max_tokens]
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+
+
+def _noise(generators: Sequence[torch.Generator], rows: int) -> Float[Tensor, " batch"]:
+    return torch.cat([torch.rand(rows // len(generators), generator=part) for part in generators])
 
 
 def _draw(logits: Float[Tensor, "batch vocab"], noise: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:

@@ -62,6 +62,11 @@ class NamedModel:
 
         return cls(name, adapt(model), tokenizer)
 
+    @property
+    def names_read(self) -> dict:
+        """How the names in its file were matched, for a record; nothing where they were known."""
+        return {"key_map": self.source["key_map"]} if "key_map" in self.source else {}
+
     @cached_property
     def sha256(self) -> str:
         """The hash of what it computes: shape and weights."""

@@ -6,7 +6,9 @@ from lens_models import gpt2_like
 
 from sae_steer.errors import InputError
 from sae_steer.model.language_model import LanguageModel, fingerprint
-from sae_steer.model.lens import LensModel, adapt, load_lens
+from sae_steer.model.lens import LensModel, adapt, load_lens, to_hooked_transformer
+from sae_steer.model.sampling import sample
+from sae_steer.runtime import generator
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -98,3 +100,19 @@ def test_a_name_that_cannot_be_loaded_is_told_in_one_line():
     with pytest.raises(InputError, match="TransformerLens cannot load 'tl:no-such-model'") as refused:
         load_lens("no-such-model")
     assert "\n" not in str(refused.value)
+
+
+def test_moved_it_says_where_it_is(lens, tokens):
+    moved = lens.to("cpu")
+    assert moved is lens
+    assert lens.device.type == lens.shape.device == "cpu"
+
+
+def test_plans_are_sampled_from_the_same_noise_as_our_own_decoder(model):
+    ours, theirs = (
+        sample(each, [[1, 2, 3], [4], [5] * 40], end_id=7, max_tokens=30, temperature=1.0, generator=generator(5))
+        for each in (model, adapt(to_hooked_transformer(model)))
+    )
+    assert ours == theirs
+    assert [len(text) for text in ours[2:]] == [0]
+    assert max(map(len, ours)) > 3
