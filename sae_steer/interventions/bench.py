@@ -17,7 +17,7 @@ from sae_steer.errors import InputError
 from sae_steer.interventions import controls as families
 from sae_steer.interventions.controls import FiringProfile
 from sae_steer.interventions.directions import mean_difference, unembedding
-from sae_steer.interventions.edits import Fan, Patch
+from sae_steer.interventions.edits import Donor, Fan, Patch
 from sae_steer.interventions.measure import Measure
 from sae_steer.interventions.transport import Bridge, PairedRows, bridge
 from sae_steer.interventions.variants import Direction, Variant
@@ -29,7 +29,7 @@ from sae_steer.runtime import generator
 from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.settings import InterveneSettings
 
-RAW, TRANSPORTED = "raw", "transported"
+RAW, ROTATED, TRANSPORTED = "raw", "rotated", "transported"
 FRESH = "fresh"
 MEAN_DIFFERENCE, UNEMBEDDING = "mean difference", "unembedding"
 
@@ -53,9 +53,9 @@ class Arm:
     """Held-out R2 of the map that transports it."""
     positives: dict[str, Float[Tensor, " d_model"]]
     """Norm-matched positive controls, by name, of length one."""
-    families: dict[str, Float[Tensor, "direction d_model"]]
+    families: dict[str, Float[Tensor, "_direction d_model"]]
     """Control directions by family."""
-    fresh: Float[Tensor, "direction d_model"]
+    fresh: Float[Tensor, "fresh d_model"]
     """Directions never used as controls, to be treated as if each were the one studied."""
     fresh_family: str
 
@@ -157,7 +157,9 @@ class Bench:
             ]
             (x_fit, y_fit), (x_test, y_test) = streams
             device = (self.target if to_target else self.reference).decoder.device
-            self._bridges[key] = bridge(x_fit[fit.spread], y_fit[fit.spread], x_test, y_test, device)
+            self._bridges[key] = bridge(
+                x_fit[fit.between], y_fit[fit.between], x_test[tune.between], y_test[tune.between], device
+            )
         return self._bridges[key]
 
     def arms(self, direction: Direction, *, leave_out: Collection[int] | None = None) -> list[Arm]:
@@ -193,9 +195,10 @@ class Bench:
         fresh_family = families.MATCHED if len(enough) >= count + spare else families.ISOTROPIC
         donor = self.reference if variant.edits_target else self.target
         carried = self.bridge(below, below, to_target=variant.edits_target)
-        patches = {TRANSPORTED: Patch(donor.decoder, below, carried.carry)}
-        if carried.check.identity_r2 is not None:
-            patches[RAW] = Patch(donor.decoder, below, lambda rows: rows.to(device))
+        source = Donor(donor.decoder, below)
+        patches = {TRANSPORTED: Patch(source, carried.carry)}
+        if carried.rotation is not None:
+            patches |= {ROTATED: Patch(source, carried.rotation), RAW: Patch(source, lambda rows: rows.to(device))}
         return Arm(
             variant=variant,
             model=model,

@@ -90,18 +90,31 @@ class Fan:
         return resid + (length * self.scales)[:, None] * self.directions
 
 
+@dataclass
+class Donor:
+    """A model whose stream is patched into another; the stream of the last texts is kept, for all that read it."""
+
+    model: LanguageModel
+    layer: int
+    _kept: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def stream(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Of `tokens`, after block `layer`."""
+        if self._kept is None or not torch.equal(self._kept[0], tokens):
+            found = self.model.resid_posts(tokens.to(self.model.device), (self.layer,))[self.layer]
+            self._kept = tokens, found
+        return self._kept[1]
+
+
 @dataclass(frozen=True)
 class Patch:
     """The stream of another model at the same tokens, carried into this one's: the largest edit that means anything."""
 
-    donor: LanguageModel
-    layer: int
-    """Of the donor."""
+    donor: Donor
     carry: Callable[[Tensor], Tensor]
     """The donor's stream -> this model's."""
 
     def stream(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """What replaces the stream, at every position."""
-        tokens = tokens.to(self.donor.device)
-        with torch.no_grad():
-            return self.carry(self.donor.resid_posts(tokens, (self.layer,))[self.layer])
+        return self.carry(self.donor.stream(tokens))
