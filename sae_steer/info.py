@@ -83,14 +83,14 @@ def _cache(path: Path) -> tuple[str, bool]:
 
 def _dictionary(path: Path) -> tuple[str, bool]:
     config, record = load_sae(path).config, read_metadata(path)
-    shape = f"{config.architecture} dictionary, {config.d_in} -> {config.d_sae}"
-    if k := getattr(config, "k", None):
-        shape += f", k {k}"
+    k = f", k {config.k}" if hasattr(config, "k") else ""
+    shape = f"{config.d_in} -> {config.d_sae}{k}"
     if "final_fve" not in record:
-        return f"{shape}, made elsewhere", True
+        return f"{config.architecture} dictionary made elsewhere: {shape}", True
     return (
-        f"{shape}, of {record['model']} {record['hook']}, held-out FVE {record['final_fve']:.4f}, "
-        f"L0 {record['final_l0']:.1f}, dead {record['dead_pct_heldout']:.2f} %"
+        f"{config.architecture} dictionary {record['model']}_L{record['layer']}_hook_resid_post: {shape}, "
+        f"held-out FVE {record['final_fve']:.4f}, L0 {record['final_l0']:.1f}, "
+        f"dead {record['dead_pct_heldout']:.2f} %"
     ), True
 
 

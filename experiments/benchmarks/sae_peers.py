@@ -10,8 +10,10 @@ versions of their own, so they live in a second environment that borrows the fir
     /tmp/venv-peers/bin/pip install --no-deps dictionary-learning eai-sparsify schedulefree natsort nnsight greenlet
 """
 
+import statistics
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
@@ -21,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_steer.runtime import World
-from sae_steer.sae.training import initial_state, train_step
+from sae_steer.sae.training import Job, RowSource, Training
 from sae_steer.settings import SAESettings
 
 Rows = Iterable[Float[Tensor, "row d_in"]]
@@ -40,7 +42,10 @@ class Trainer:
     finish: Callable[[], tuple[Callable, Callable, Callable]]
 
 
-def saelens(*, d_in: int, d_sae: int, k: int, rows: int, batch_size: int, lr: float, autocast: bool, first: Rows):
+def saelens(
+    *, d_in: int, d_sae: int, k: int, rows: int, batch_size: int, autocast: bool, first: Rows,
+    lr: float = 1e-3, dead_rows: int = DEAD_ROWS, device: str = "cpu",
+):  # fmt: skip
     """SAELens's TopK with its auxiliary loss; rows scaled as its guide advises, from the batches `first`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -51,14 +56,15 @@ def saelens(*, d_in: int, d_sae: int, k: int, rows: int, batch_size: int, lr: fl
     torch.manual_seed(0)
     steps = rows // batch_size
     config = TopKTrainingSAEConfig(
-        d_in=d_in, d_sae=d_sae, k=k, normalize_activations="expected_average_only_in", device="cpu"
+        d_in=d_in, d_sae=d_sae, k=k, normalize_activations="expected_average_only_in", device=device
     )
     settings = SAETrainerConfig(
         total_training_samples=rows, train_batch_size_samples=batch_size, lr=lr, lr_end=lr / 10, autocast=autocast,
-        lr_warm_up_steps=steps // 20, lr_decay_steps=steps // 5, dead_feature_window=DEAD_ROWS // batch_size,
+        lr_warm_up_steps=steps // 20, lr_decay_steps=steps // 5, device=device,
+        dead_feature_window=dead_rows // batch_size,
         logger=LoggingConfig(log_to_wandb=False), n_batches_for_norm_estimate=NORM_BATCHES,
     )  # fmt: skip
-    trainer = SAETrainer(cfg=settings, sae=TopKTrainingSAE(config), data_provider=iter(()))
+    trainer = SAETrainer(cfg=settings, sae=TopKTrainingSAE(config).to(device), data_provider=iter(()))
     trainer.activation_scaler.estimate_scaling_factor(
         d_in=d_in, data_provider=iter(list(islice(first, NORM_BATCHES))), n_batches_for_norm_estimate=NORM_BATCHES
     )
@@ -122,21 +128,54 @@ def sparsify(*, d_in: int, d_sae: int, k: int, batch_size: int, lr: float | None
     )
 
 
-def ours(source, settings: SAESettings) -> Trainer:
-    """sae_steer's TopK, stepped as its training loop does."""
-    world, steps = World.local(precision=settings.precision), settings.rows // settings.batch_size
-    scale = (source.mean_square / source.d_in) ** 0.5
-    state = initial_state(source, settings, scale, world)
+def ours(source: RowSource, *settings: SAESettings, device: str | None = None) -> Trainer:
+    """sae_steer's own trainer; several settings are learned together, and the first is the one that is returned."""
+    world = World.local(precision=settings[0].precision, device=device)
+    training = Training([Job(source, one) for one in settings], world)
+
+    def step(batch: Tensor) -> None:
+        training.step([batch])
 
     def finish():
-        sae = state.sae.scaled(scale)
+        sae = training.finished()[0].sae
         return (
             lambda x: sae.encode(x).dense(),
             lambda codes: codes @ sae.W_dec + sae.b_dec,
             lambda: sae.W_dec.detach(),
         )
 
-    return Trainer(lambda batch: train_step(state, batch / scale, settings, steps, world) and None, finish)
+    return Trainer(step, finish)
+
+
+def seconds_a_step(trainer: Trainer, batches: Sequence[Tensor], *, warm: int = 2, rounds: int = 1) -> float:
+    """Median time of a step over the batches, after `warm` untimed ones."""
+    for number in range(warm):
+        trainer.step(batches[number % len(batches)])
+    spent = []
+    for batch in [*batches] * rounds:
+        start = time.perf_counter()
+        trainer.step(batch)
+        _wait()
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def encoder_seconds(rows: int, d_in: int, d_sae: int, *, device: str = "cpu", repeats: int = 20) -> float:
+    """Median time of the encoder's product alone in bfloat16: no TopK step can be faster."""
+    x = torch.randn(rows, d_in, device=device, dtype=torch.bfloat16)
+    W_enc = torch.randn(d_in, d_sae, device=device, dtype=torch.bfloat16)
+    spent = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        x @ W_enc
+        _wait()
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent[2:])
 
 
 @torch.no_grad()

@@ -1,0 +1,87 @@
+"""Rows a second of the trainers at 512 -> 4096, k 40, batches of 4096 real rows, on an otherwise idle machine.
+
+    quiet /tmp/venv-peers/bin/python experiments/benchmarks/sae_speed.py     # two minutes; writes sae_speed.json
+
+`auxk`: a feature silent for one batch counts as dead, so that the auxiliary loss takes part in every step; without
+it none is dead yet. The bound is the encoder's product alone in bfloat16. sae_peers.py says how to get the peers.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from sae_peers import (
+    DEAD_ROWS,
+    dictionary_learning,
+    encoder_seconds,
+    ours,
+    saelens,
+    seconds_a_step,
+    sparsify,
+    versions,
+)  # fmt: skip
+from sae_rows import StoredRows
+
+from sae_steer.records import provenance, write_json
+from sae_steer.settings import SAESettings
+
+D_SAE, K, BATCH, ROWS = 4096, 40, 4096, 1_015_808
+
+
+def cases(source: StoredRows) -> dict[str, tuple[Callable, int]]:
+    """Name -> (trainer to set up, timed steps)."""
+    shape = {"d_in": source.d_in, "d_sae": D_SAE, "k": K, "batch_size": BATCH}
+    own = {"d_sae": D_SAE, "k": K, "rows": ROWS, "batch_size": BATCH}
+
+    def theirs(autocast: bool, dead_rows: int = DEAD_ROWS) -> Callable:
+        return lambda: saelens(**shape, rows=ROWS, autocast=autocast, first=source.batches(BATCH), dead_rows=dead_rows)
+
+    return {
+        "ours": (lambda: ours(source, SAESettings(**own)), 40),
+        "ours_fp32": (lambda: ours(source, SAESettings(**own, precision="float32")), 12),
+        "ours_auxk": (lambda: ours(source, SAESettings(**own, dead_after_rows=1)), 40),
+        "saelens_fp32": (lambda: theirs(False)(), 5),
+        "saelens_autocast": (lambda: theirs(True)(), 6),
+        "saelens_autocast_auxk": (lambda: theirs(True, BATCH)(), 5),
+        "dictionary_learning_fp32": (lambda: dictionary_learning(**shape, rows=ROWS), 5),
+        "sparsify_fp32": (lambda: sparsify(**shape), 5),
+    }
+
+
+def main() -> None:
+    """Time every trainer in turn, ours again at the end."""
+    source = StoredRows.open("real-train")
+    batches = [source.batch(step, BATCH, 0) for step in range(8)]
+    bound = encoder_seconds(BATCH, source.d_in, D_SAE)
+    seconds, missing = {}, []
+    for name, (make, steps) in cases(source).items():
+        try:
+            trainer = make()
+        except ImportError as error:
+            missing.append(f"{name}: {error}")
+            continue
+        seconds[name] = seconds_a_step(trainer, batches[:steps], rounds=max(1, steps // len(batches)))
+        print(f"{name}: {BATCH / seconds[name]:.0f} rows/s", flush=True)
+    seconds["ours_again"] = seconds_a_step(
+        ours(source, SAESettings(d_sae=D_SAE, k=K, rows=ROWS, batch_size=BATCH)), batches, rounds=4
+    )
+    record = {
+        "provenance": provenance(
+            settings={"d_sae": D_SAE, "k": K, "batch_size": BATCH}, inputs={"rows": source.fingerprint}
+        ),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "rows_per_second": {name: BATCH / spent for name, spent in seconds.items()},
+        "encoder_bound_rows_per_second": BATCH / bound,
+        "share_of_encoder_bound": bound / seconds["ours"],
+        "not_installed": missing,
+    }
+    for peer in ("saelens_fp32", "saelens_autocast", "dictionary_learning_fp32", "sparsify_fp32"):
+        if peer in seconds:
+            record[f"ratio_to_{peer}"] = seconds[peer] / seconds["ours"]
+    record["ratio_to_saelens_autocast_auxk"] = seconds["saelens_autocast_auxk"] / seconds["ours_auxk"]
+    print(write_json(Path(__file__).parent / "sae_speed.json", record))
+
+
+if __name__ == "__main__":
+    main()
