@@ -16,6 +16,7 @@ from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import Dictionary, default_folder, train_sae
 from sae_steer.errors import SteerError
 from sae_steer.findings import layer_probability as layers
+from sae_steer.interventions.splicing import find_or_splice
 from sae_steer.interventions.study import RECORD_FILE as STUDY_RECORD
 from sae_steer.interventions.study import Source, Study, intervene, load_study, plan_study, study_provenance
 from sae_steer.pair.model_pair import ModelPair
@@ -168,6 +169,7 @@ def run_study(
     dictionary = train_sae(
         cache, model=target, layer=DEFAULT_LAYER, out=where, settings=settings.sae, force=force, log=log
     )
+    find_or_splice(pair, cache, dictionary, where, force=force)
     scan = find_or_scan(cache, dictionary, places.scan, settings=settings.scan, force=force, on_rows=progress("scan"))
     chosen = scan.resolve(feature)
     find_or_intervene(

@@ -65,6 +65,7 @@ def test_every_stage_leaves_its_record(finished):
         "activations/manifest.json",
         "run/saes/adhd_L2_hook_resid_post_k6_d48/cfg.json",
         "run/saes/adhd_L2_hook_resid_post_k6_d48/training.json",
+        "run/saes/adhd_L2_hook_resid_post_k6_d48/ce_recovered.json",
         "run/scan/feature_diff.json",
         "run/scan/features.parquet",
         f"run/intervene/{feature}/results.json",

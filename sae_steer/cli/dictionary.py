@@ -31,6 +31,7 @@ def train_sae(pair, cache_folder, layer, model, out, force, **knobs) -> None:
     """
     from sae_steer.cache import ActivationCache
     from sae_steer.dictionary import train_sae
+    from sae_steer.interventions.splicing import find_or_splice
     from sae_steer.terminal import Bar, TrainingBar
 
     loaded, places = open_pair(pair, cache_folder, None)
@@ -38,7 +39,8 @@ def train_sae(pair, cache_folder, layer, model, out, force, **knobs) -> None:
     cache.check_pair(loaded)
     name = loaded.model(model or "target").name
     folder = out or places.dictionary(name, layer, settings)
-    train_sae(
+    dictionary = train_sae(
         cache, model=name, layer=layer, out=folder, settings=settings, force=force, log=TrainingBar(Bar("train-sae"))
     )
+    find_or_splice(loaded, cache, dictionary, folder, force=force)
     click.echo(folder)

@@ -12,6 +12,7 @@ zero, because a zero is no stream the model has ever seen and makes every dictio
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +21,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from sae_steer import stats
+from sae_steer.cache import ActivationCache
+from sae_steer.dictionary import Dictionary
 from sae_steer.errors import InputError
 from sae_steer.interventions.measure import OnsetBatch, OnsetRows
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.replay import CleanPass
+from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
+from sae_steer.records import already_done, provenance, write_json
+
+RECORD_FILE = "ce_recovered.json"
+TEXTS = 100
+"""Texts read for the record beside a dictionary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +97,26 @@ def ce_recovered(
         n=share.n,
         tasks=share.clusters,
     )
+
+
+def find_or_splice(
+    pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, folder: Path, *, force: bool = False
+) -> Path:
+    """The record of `ce_recovered` beside a dictionary, at onsets and everywhere, made now unless it is there.
+
+    Read on the first texts of the scan split that are the model's own: tasks no dictionary was trained on.
+    """
+    path, settings = Path(folder) / RECORD_FILE, {"texts": TEXTS, "split": "scan"}
+    inputs = {"pair": pair.sha256, "cache": cache.sha256, "dictionary": dictionary.sha256}
+    wanted = provenance(settings=settings, inputs=inputs)
+    if not already_done(path, wanted, force=force):
+        model, texts = pair.model(dictionary.model), cache.own_texts("scan", dictionary.model)[:TEXTS]
+        found = [
+            ce_recovered(model.decoder, dictionary.sae, texts, dictionary.layer, only_onsets=only_onsets)
+            for only_onsets in (True, False)
+        ]
+        write_json(path, {"provenance": wanted} | {one.positions: one.record() for one in found})
+    return path
 
 
 @torch.no_grad()

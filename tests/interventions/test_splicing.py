@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from sae_steer.errors import InputError
-from sae_steer.interventions.splicing import ce_recovered
+from sae_steer.interventions.splicing import ce_recovered, find_or_splice
+from sae_steer.records import read_json
 
 LAYER, DRAWS = 2, 200
 
@@ -65,6 +66,17 @@ def test_the_spliced_loss_is_that_of_a_forward_pass_with_a_hook(pair, texts, dic
     assert found.n == sum(map(len, losses))
     assert found.spliced == pytest.approx(float(torch.cat(losses).mean()), abs=1e-4)
     assert found.low <= found.recovered <= found.high
+
+
+def test_the_record_beside_a_dictionary_is_made_once(
+    toy_pair, toy_cache, toy_dictionary, tmp_path, monkeypatch
+) -> None:
+    path = find_or_splice(toy_pair, toy_cache, toy_dictionary, tmp_path)
+    record = read_json(path)
+    assert record["onsets"]["n"] < record["all"]["n"]
+    assert record["onsets"]["clean"] <= record["onsets"]["mean_ablated"]
+    monkeypatch.setattr("sae_steer.interventions.splicing.ce_recovered", None)
+    assert find_or_splice(toy_pair, toy_cache, toy_dictionary, tmp_path) == path
 
 
 def test_texts_of_one_task_are_refused(pair, texts, dictionary) -> None:

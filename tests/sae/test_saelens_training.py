@@ -17,6 +17,9 @@ from sae_steer.sae.saelens_adapter import SAELensDictionary, sae_lens
 from sae_steer.sae.saelens_training import saelens_architectures, train_saelens
 from sae_steer.settings import SAESettings
 
+ARCHITECTURES = (
+    "abstopk", "batchtopk", "gated", "jumprelu", "matching_pursuit", "matryoshka_batchtopk", "standard", "topk",
+)  # fmt: skip
 OPTIONS = {
     "standard": {"l1_coefficient": 0.05},
     "gated": {"l1_coefficient": 0.05},
@@ -37,7 +40,7 @@ def train(planted, settings: SAESettings, architecture: str, world: World, **mor
     return train_saelens(planted, settings, architecture, options=OPTIONS.get(architecture), world=world, **more)
 
 
-@pytest.mark.parametrize("architecture", saelens_architectures())
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_training_architecture_learns_and_is_read_by_saelens_to_the_same_numbers(
     architecture: str, planted, short: SAESettings, world: World, tmp_path: Path
 ) -> None:
@@ -52,6 +55,10 @@ def test_every_training_architecture_learns_and_is_read_by_saelens_to_the_same_n
     untrained = train(planted, replace(short, rows=short.batch_size, lr=1e-12), architecture, world)
     before, after = (evaluate(sae, [x], world).fve for sae in (untrained, learned))
     assert after > before + 0.1
+
+
+def test_no_architecture_of_saelens_is_left_out() -> None:
+    assert saelens_architectures() == ARCHITECTURES
 
 
 class StopAt(Quiet):
