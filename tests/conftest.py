@@ -14,7 +14,7 @@ from sae_steer.scan import scan_features
 from sae_steer.settings import CacheSettings, CorpusSettings, SAESettings
 
 CORPUS = CorpusSettings(train_plans=120, scan_plans=80, tune_plans=40, confirm_plans=80)
-CACHE = CacheSettings(rows_per_shard=4_096)
+CACHE = CacheSettings(rows_per_shard=4_096, precision="float32")
 SAE = SAESettings(d_sae=256, k=16, rows=60_000, batch_size=1_024, dead_after_rows=20_000, checkpoint_every=20)
 
 

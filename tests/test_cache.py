@@ -19,6 +19,7 @@ import torch
 from tiny_pair import SHAPE, lively, write_pair
 
 from sae_steer.cache import LABELS, ActivationCache, cache_activations, site, writing
+from sae_steer.cache.shuffle import Shuffle
 from sae_steer.corpus import write_plans
 from sae_steer.errors import InputError, NotFiniteError, StaleError, SteerError
 from sae_steer.model.batching import length_batches
@@ -28,7 +29,7 @@ from sae_steer.pair.texts import GeneratedTexts, TextFile
 from sae_steer.settings import SPLITS, CacheSettings, CorpusSettings
 
 FEW = CorpusSettings(train_plans=16, scan_plans=8, tune_plans=4, confirm_plans=6)
-SETTINGS = CacheSettings(rows_per_shard=600, tokens_per_batch=2_048)
+SETTINGS = CacheSettings(rows_per_shard=600, tokens_per_batch=2_048, precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,23 @@ def test_larger_batches_are_made_of_the_same_blocks_at_most_once_an_epoch(whole)
     per_epoch = sum(len(part) // 16 for part in rows.maps) // 10
     drawn = [block for step in range(per_epoch) for block in rows.batch(step, 160, 3).split(16)]
     assert len({block.numpy().tobytes() for block in drawn}) == len(drawn) == 10 * per_epoch
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 1000, 4097])
+def test_a_shuffle_is_a_permutation_that_its_key_fixes(n):
+    orders = [Shuffle(n, key)(np.arange(n)) for key in (5, 5, 6)]
+    assert all(sorted(order.tolist()) == list(range(n)) for order in orders)
+    np.testing.assert_array_equal(orders[0], orders[1])
+    assert n < 16 or (orders[0] != orders[2]).mean() > 0.8
+
+
+def test_a_shuffle_spreads_neighbours_like_a_random_order():
+    n = 10_000
+    places = Shuffle(n, 3)(np.arange(n))
+    assert abs(np.corrcoef(np.arange(n), places)[0, 1]) < 4 / n**0.5
+    assert np.abs(np.diff(places)).mean() == pytest.approx(n / 3, rel=0.05)
+    counts = np.histogram2d(np.arange(n), places, bins=10)[0]
+    assert ((counts - n / 100) ** 2 / (n / 100)).sum() < 81 + 4 * (2 * 81) ** 0.5
 
 
 @pytest.mark.parametrize("size", [0, 8, 100, 16 * 10**6])

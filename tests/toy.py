@@ -29,7 +29,7 @@ SIZE = 2.0
 """How far along `CAUSE` the target model's delimiters stand."""
 
 CORPUS = CorpusSettings(train_plans=40, scan_plans=30, tune_plans=30, confirm_plans=110)
-CACHE = CacheSettings(rows_per_shard=2_048, dtype="float32")
+CACHE = CacheSettings(rows_per_shard=2_048, dtype="float32", precision="float32")
 SAE = SAESettings(
     d_sae=48, k=6, rows=12_800, batch_size=256, dead_after_rows=5_000, checkpoint_every=10, precision="float32"
 )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae_steer.cache.checking import stranger, what_is_wrong
 from sae_steer.cache.layout import BLOCK, FORMAT, LABELS, MANIFEST, MOMENTS, site
+from sae_steer.cache.shuffle import Shuffle
 from sae_steer.cache.storage import decoded
 from sae_steer.corpus import TargetTokens, first_token_purity
 from sae_steer.errors import InputError
@@ -134,10 +135,7 @@ class ActivationCache:
         maps, sums, squares = [], 0.0, 0.0
         for shard in self._shards(split):
             with self._open(shard) as file:
-                stored = file[dataset]
-                maps.append(
-                    np.memmap(file.filename, stored.dtype, mode="r", offset=stored.id.get_offset(), shape=stored.shape)
-                )
+                maps.append(_mapped(Path(file.filename), file[dataset]))
                 moments = file[f"{MOMENTS}/{dataset}"][:]
             sums, squares = sums + moments[0], squares + moments[1]
         fixed = "/".join((*(shard["sha256"] for shard in self._shards(split)), dataset))
@@ -166,6 +164,18 @@ class ActivationCache:
             raise InputError(
                 f"{path} is damaged; delete it and repeat `sae-steer cache`, which writes it anew"
             ) from error
+
+
+def _mapped(path: Path, stored: h5py.Dataset) -> np.ndarray:
+    """The rows of a contiguous dataset, read from the file when they are used.
+
+    Mapped by torch, which keeps no file open: a cache may have more shards than a process may have open files.
+    """
+    content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+    start = stored.id.get_offset()
+    rows = content[start : start + stored.size * stored.dtype.itemsize].view(stored.dtype).reshape(stored.shape)
+    rows.flags.writeable = False
+    return rows
 
 
 @dataclass(frozen=True)
@@ -216,32 +226,23 @@ class ActivationRows:
 
         Left out are a shard's last rows that fill no block, and of each epoch the blocks that fill no batch.
         """
-        per_batch = batch_size // BLOCK
-        if batch_size % BLOCK or not 0 < per_batch <= len(self._blocks):
+        per_batch, n_blocks = batch_size // BLOCK, int(self._block_ends[-1])
+        if batch_size % BLOCK or not 0 < per_batch <= n_blocks:
             raise InputError(
                 f"a batch of {batch_size} rows cannot be cut from {self.n_rows} rows in blocks of {BLOCK}; "
                 "choose a smaller multiple of it, or cache more texts"
             )
-        epoch, within = divmod(step, len(self._blocks) // per_batch)
-        chosen = self._order(seed, epoch)[within * per_batch : (within + 1) * per_batch]
-        batch = np.empty((batch_size, self.d_in), dtype=np.float32)
-        for slot, (part, start) in enumerate(self._blocks[chosen]):
-            batch[slot * BLOCK : (slot + 1) * BLOCK] = decoded(self.maps[part][start : start + BLOCK])
-        return torch.from_numpy(batch)
+        epoch, within = divmod(step, n_blocks // per_batch)
+        key = torch.randint(2**62, (), generator=generator(seed, epoch, 3)).item()
+        blocks = Shuffle(n_blocks, key)(np.arange(within * per_batch, (within + 1) * per_batch))
+        parts = np.searchsorted(self._block_ends, blocks, side="right")
+        starts = (blocks - np.concatenate([[0], self._block_ends])[parts]) * BLOCK
+        batch = np.empty((batch_size, self.d_in), dtype=self.maps[0].dtype)
+        for slot, (part, start) in enumerate(zip(parts.tolist(), starts.tolist(), strict=True)):
+            batch[slot * BLOCK : (slot + 1) * BLOCK] = self.maps[part][start : start + BLOCK]
+        return torch.from_numpy(decoded(batch))
 
     @cached_property
-    def _blocks(self) -> np.ndarray:
-        """[block, 2] the shard and first row of every whole block."""
-        return np.array(
-            [(part, start) for part, rows in enumerate(self.maps) for start in range(0, len(rows) - BLOCK + 1, BLOCK)]
-        )
-
-    @cached_property
-    def _orders(self) -> dict[tuple[int, int], np.ndarray]:
-        return {}
-
-    def _order(self, seed: int, epoch: int) -> np.ndarray:
-        if (seed, epoch) not in self._orders:
-            self._orders.clear()
-            self._orders[seed, epoch] = torch.randperm(len(self._blocks), generator=generator(seed, epoch, 3)).numpy()
-        return self._orders[seed, epoch]
+    def _block_ends(self) -> np.ndarray:
+        """Whole blocks in the shards up to each."""
+        return np.cumsum([len(part) // BLOCK for part in self.maps])

@@ -27,7 +27,9 @@ def decoded(stored: Shaped[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]
     """Stored rows as float32, exactly."""
     if stored.dtype == np.uint16:
         return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32)
+    if not stored.flags.writeable:  # torch, which converts on all cores, takes no memory that may not be written
+        return stored.astype(np.float32)
+    return torch.from_numpy(stored).float().numpy()
 
 
 def narrowest(streams: Iterable[Float[np.ndarray, "row d_model"]]) -> str:

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from sae_steer.cache.dealing import ShardTexts, deal_texts
 from sae_steer.cache.layout import FORMAT, LABELS, MANIFEST, MOMENTS, origin
@@ -24,6 +23,7 @@ from sae_steer.cache.shard import finished_shards, has_length, write_shard
 from sae_steer.cache.storage import AUTO, DTYPES, narrowest
 from sae_steer.errors import InputError, SteerError
 from sae_steer.model.batching import length_batches, pad
+from sae_steer.model.streams import stream_reader
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import GeneratedTexts, Text, TextSource
 from sae_steer.records import already_done, provenance, read_json, write_json
@@ -203,20 +203,16 @@ def _finish(out: Path, manifest: dict, shards: Sequence[ShardTexts]) -> None:
     write_json(out / MANIFEST, {**whole, "complete": True})
 
 
-@torch.no_grad()
 def _streams(
     model: NamedModel, layers: tuple[int, ...], texts: Sequence[Text], settings: CacheSettings
 ) -> dict[int, np.ndarray]:
     """{layer: [row, d_model] float32} over the texts' rows, in order."""
-    world = World.local(precision=settings.precision, device=str(model.decoder.device))
+    read = stream_reader(model.decoder, layers, World.local(precision=settings.precision))
     starts = np.cumsum([0, *(len(text) for text in texts)])
     streams = {layer: np.empty((starts[-1], model.decoder.shape.d_model), dtype=np.float32) for layer in layers}
     for batch in length_batches([len(text) for text in texts], settings.tokens_per_batch):
-        tokens = pad([texts[i].token.tolist() for i in batch], 0).to(world.device)
-        with world.compute():
-            found = model.decoder.resid_posts(tokens, layers)
-        for layer, resid in found.items():
-            values = resid.float().cpu().numpy()
+        for layer, resid in read(pad([texts[i].token.tolist() for i in batch], 0)).items():
+            values = resid.cpu().numpy()
             for row, i in enumerate(batch):
                 streams[layer][starts[i] : starts[i + 1]] = values[row, : len(texts[i])]
     return streams
