@@ -179,7 +179,7 @@ class InterveneSettings:
     """Sampled texts an arm, one a prompt."""
     baseline_seeds: int = 16
     """Baseline samples of every prompt, from which the A/A null is drawn."""
-    paired_seeds: int = 4
+    paired_seeds: int = 2
     """Steered samples of every prompt, which share their noise with as many of the baseline."""
     null_draws: int = 1_000
     temperature: float = 1.0

@@ -28,14 +28,15 @@ CONSTANT, CAUSE, FEATURE = 0, 1, 7
 SIZE = 2.0
 """How far along `CAUSE` the target model's delimiters stand."""
 
-CORPUS = CorpusSettings(train_plans=40, scan_plans=30, tune_plans=30, confirm_plans=110)
+CORPUS = CorpusSettings(train_plans=40, scan_plans=30, tune_plans=30, confirm_plans=40)
 CACHE = CacheSettings(rows_per_shard=2_048, dtype="float32", precision="float32")
 SAE = SAESettings(
     d_sae=48, k=6, rows=12_800, batch_size=256, dead_after_rows=5_000, checkpoint_every=10, precision="float32"
 )
 INTERVENE = InterveneSettings(
-    doses=(0.0, 1.0, 2.0), min_firings=10, bootstrap_draws=400, controls=25, ribbon=2, calibration=10,
-    onsets_per_prompt=2, joint_control_prompts=12, generations=5, baseline_seeds=3, paired_seeds=1, null_draws=100,
+    doses=(0.0, 1.0, 2.0), min_firings=10, bootstrap_draws=400, controls=25, ribbon=2, calibration=4,
+    prompts=36, onsets_per_prompt=2, joint_control_prompts=8, generations=5, baseline_seeds=3, paired_seeds=1,
+    null_draws=100,
 )  # fmt: skip
 STUDY = StudySettings(
     corpus=CORPUS, cache=CACHE, sae=SAE, intervene=INTERVENE, layers=LayersSettings(prompts=8, bootstrap_draws=200)

@@ -110,7 +110,7 @@ def _side_effects(reading: Reading, column: int) -> dict:
 
 
 def control_records(
-    observed: float, families: Mapping[tuple[str, float], Float[np.ndarray, " direction"]], settings: InterveneSettings
+    observed: float, families: Mapping[tuple[str, float], Float[np.ndarray, " _direction"]], settings: InterveneSettings
 ) -> list[dict]:
     """Per family: the means of its directions at the primary dose, the edit's rank among them, the other doses.
 

@@ -104,7 +104,7 @@ class Weighing:
     settings: InterveneSettings
 
     @cached_property
-    def gap(self) -> dict[str, Float[np.ndarray, " row"]]:
+    def gap(self) -> dict[str, Float[np.ndarray, " _row"]]:
         """The measure in the target model minus that in the reference, at the same onsets."""
         target = next(r for r in self.readings if r.arm.variant.edits_target)
         reference = next(r for r in self.readings if not r.arm.variant.edits_target)
@@ -196,7 +196,7 @@ class Weighing:
         }
         return verdict, record
 
-    def _control_means(self, found: ArmReading) -> dict[tuple[str, float], Float[np.ndarray, " direction"]]:
+    def _control_means(self, found: ArmReading) -> dict[tuple[str, float], Float[np.ndarray, " _direction"]]:
         base = found.base("single")[:, None]
         return {key: (value - base).mean(axis=0) for key, value in found.controls.items()}
 

@@ -62,7 +62,7 @@ class ArmReading:
     readings: dict[str, Reading]
     elsewhere: Reading
     """The position control: unedited, and the edit at random positions that are no onsets, jointly on some texts."""
-    controls: dict[tuple[str, float], Float[np.ndarray, "row direction"]]
+    controls: dict[tuple[str, float], Float[np.ndarray, "row _direction"]]
     """The measure under control directions by (family, dose), each onset edited alone."""
 
     def base(self, mode: str) -> Float[np.ndarray, " row"]:

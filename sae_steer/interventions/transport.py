@@ -26,7 +26,7 @@ from sae_steer.runtime import generator
 
 TOKENS_PER_BATCH = 4_096
 FIT_ROWS = 30_000
-"""Rows a map is fitted on at most; twice as many move the held-out R2 of the embedded pair by less than .001."""
+"""Rows a map is fitted on at most."""
 
 
 @dataclass(frozen=True)

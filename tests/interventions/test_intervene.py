@@ -22,6 +22,17 @@ EXACT = dataclasses.replace(INTERVENE, generations=0)
 SILENT = 23
 
 
+@pytest.fixture(scope="module", autouse=True)
+def whole_dictionary():
+    """The toy dictionary reads the cause and little else; what it loses is the subject of one test alone."""
+    from sae_steer.interventions import study as home
+
+    right = home.ce_recovered
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(home, "ce_recovered", lambda *a, **k: dataclasses.replace(right(*a, **k), recovered=0.97))
+        yield
+
+
 @pytest.fixture(scope="module")
 def study(toy_pair, toy_cache, toy_dictionary):
     return intervene(toy_pair, toy_dictionary, feature=FEATURE, cache=toy_cache, settings=INTERVENE)

@@ -208,7 +208,10 @@ def test_the_direction_the_unembedding_reads_beats_every_random_one(toy_pair, to
     model, unit = toy_pair.reference.decoder, toy_dictionary.sae.direction(FEATURE)
     others = isotropic(40, SHAPE.d_model, generator(4))
     found = read(
-        model, 2, [Request(onsets, [unedited, Inject(unit, 1.0), *(Inject(o, 1.0) for o in others)])], columns
+        model,
+        2,
+        [Request(onsets, [unedited, Inject(unit, 1.0), *(Inject(o, 1.0) for o in others)])],
+        TargetMass(columns),
     )[0]
     effect = (found.value[:, 1:] - found.value[:, :1]).mean(axis=0)
     assert effect[0] > np.abs(effect[1:]).max()
