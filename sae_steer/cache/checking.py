@@ -16,13 +16,13 @@ def what_is_wrong(folder: Path, manifest: dict, line: dict) -> str | None:
     path = folder / line["file"]
     if not has_length(folder, line):
         return f"{path} is missing or cut short"
-    if sha256(path) == line["sha256"]:
-        return None
+    damaged = f"{path} does not have the checksum of the manifest"
     try:
         with h5py.File(path, "r") as file:
-            return stranger(file, manifest, line) or f"{path} does not have the checksum of the manifest"
+            wrong = stranger(file, manifest, line)
     except (OSError, ValueError, RuntimeError):  # what h5py and json make of damage
-        return f"{path} does not have the checksum of the manifest"
+        return damaged
+    return wrong or (None if sha256(path) == line["sha256"] else damaged)
 
 
 def stranger(file: h5py.File, manifest: dict, line: dict) -> str | None:

@@ -83,11 +83,16 @@ class ActivationCache:
 
     def check_pair(self, pair: ModelPair) -> None:
         """Raise `InputError` unless this cache was written from `pair`."""
-        if self.manifest["provenance"]["inputs"]["pair"] != pair.sha256:
-            raise InputError(
-                f"the cache in {self.folder} was written from another pair than '{pair.name}'; "
-                "write it again, or name the cache of this pair with --cache"
-            )
+        if self.manifest["provenance"]["inputs"]["pair"] == pair.sha256:
+            return
+        stored, own = self.manifest["models"], {model.name: model.sha256 for model in pair.models}
+        other = [f"model '{name}'" for name in own if stored.get(name, {}).get("sha256") != own[name]]
+        other += ["tokenizer"] * (self.manifest["tokenizer"] != pair.tokenizer.sha256)
+        raise InputError(
+            f"the cache in {self.folder} was written from another pair than '{pair.name}' (another "
+            f"{', '.join(other) or 'onset rule, target or context'}); "
+            "write it again, or name the cache of this pair with --cache"
+        )
 
     def verify(self) -> list[str]:
         """What is wrong with the shards, by their checksums and what they say of themselves, one line each."""
