@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "cache_kills.json")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    made_at = commit()  # known to every child, which would otherwise ask git again
     scratch = Path(tempfile.mkdtemp())
     pair, draw = load_pair("small"), random.Random(0)
     try:
@@ -76,7 +77,7 @@ def main() -> None:
     finally:
         shutil.rmtree(scratch)
     record = {
-        "commit": commit(),
+        "commit": made_at,
         "shards": len([name for name in whole if name.endswith(".h5")]),
         "bytes": sum(map(len, whole.values())),
         "seconds_uninterrupted": round(span, 2),
