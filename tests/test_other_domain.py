@@ -20,6 +20,7 @@ def workplace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in (
+            "info recipes",
             "cache --pair recipes --layer 1 --texts recipes.jsonl",
             "train-sae --pair recipes --layer 1 --d-sae 96 --k 6 --rows 60000 --batch-size 512",
             "scan --pair recipes --layer 1 --sae runs/recipes/saes/tuned_L1_hook_resid_post_k6_d96",
