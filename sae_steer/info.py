@@ -40,7 +40,7 @@ def _pair(path: Path) -> tuple[str, bool]:
                  for line in _model_of_pair(role, model)]  # fmt: skip
     except InputError as error:
         return "\n".join([f"pair folder {path}: not whole", f"  {error}"]), False
-    rule = f"matches of {pair.onsets.regex!r}" if pair.onsets.regex else " or ".join(pair.onsets.tokens)
+    rule = f"what matches {pair.onsets.regex}" if pair.onsets.regex else " or ".join(pair.onsets.tokens)
     return "\n".join(
         [
             f"pair '{pair.name}', {pair.tokenizer.n_vocab} tokens, context {pair.context}, sha256 {pair.sha256[:12]}",
