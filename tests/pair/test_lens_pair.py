@@ -25,7 +25,7 @@ def lens_pair(tiny):
 
 @torch.no_grad()
 def test_the_cache_holds_what_run_with_cache_gives(lens_pair, tmp_path):
-    settings = CacheSettings(dtype="float32", rows_per_shard=2_048)
+    settings = CacheSettings(dtype="float32", precision="float32", rows_per_shard=2_048)
     cache = cache_activations(
         lens_pair, layers=[0, 1], out=tmp_path / "cache", settings=settings, source=GeneratedTexts(CORPUS)
     )
