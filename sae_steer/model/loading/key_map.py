@@ -25,7 +25,7 @@ EMPTY = re.compile(
 BIAS = re.compile(r"(^|[._])(bias|b|_?b_[a-z]+)$")
 ATTENTION, FEEDFORWARD = r"(.*[._])?(self_)?att\w*\.(\w+\.)?", r"(.*[._])?(mlp|ffn?|feed_?forward|swiglu)\w*\.(\w+\.)?"
 FREE = r"(.*\.)?"
-Q, GATE = "self_attn.{}_proj.weight", "mlp.{}_proj.weight"
+ATTENTION_WEIGHT, MLP_WEIGHT = "self_attn.{}_proj.weight", "mlp.{}_proj.weight"
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,7 @@ def match_names(
             continue
         where = "" if layer is None else f"layers.{layer}."
         read[name] = tuple(where + ours for ours in fitting[0].ours)
-        found |= {
-            ours: part for ours, part in zip(read[name], fitting[0].split(tensor), strict=True) if ours not in found
-        }
+        found |= dict(zip(read[name], fitting[0].split(tensor), strict=True))
     twice = [name for name, count in Counter(ours for names in read.values() for ours in names).items() if count > 1]
     wrong += [f"{name} has {' and '.join(theirs for theirs in read if name in read[theirs])}" for name in twice]
     return found, KeyMap(read, tuple(left_out)), wrong
@@ -142,7 +140,7 @@ def _block_forms(shape: DecoderSettings, orders: FusedOrders) -> Iterator[Form]:
 
 def _attention_forms(shape: DecoderSettings, orders: FusedOrders) -> Iterator[Form]:
     q_rows, kv_rows = shape.n_heads * shape.d_head, shape.n_kv_heads * shape.d_head
-    q, k, v = (Q.format(part) for part in "qkv")
+    q, k, v = (ATTENTION_WEIGHT.format(part) for part in "qkv")
     for part, long, ours, rows in (("q", "query", q, q_rows), ("k", "key", k, kv_rows), ("v", "value", v, kv_rows)):
         names = rf"w_?{part}|{part}_?proj|{part}|{long}s?|{long}_?proj|to_{part}|{part}_?linear"
         yield Form(rf"{FREE}({names})", (rows, shape.d_model), (ours,))
@@ -163,8 +161,9 @@ def _attention_forms(shape: DecoderSettings, orders: FusedOrders) -> Iterator[Fo
 
 
 def _mlp_forms(shape: DecoderSettings, orders: FusedOrders) -> Iterator[Form]:
-    gate, up, down = (GATE.format(part) for part in ("gate", "up", "down"))
+    gate, up, down = (MLP_WEIGHT.format(part) for part in ("gate", "up", "down"))
     wide, narrow = (shape.d_mlp, shape.d_model), (shape.d_model, shape.d_mlp)
+    # w1 is the gate everywhere; of w2 and w3 the shape says which is the way down (Llama's w2, xformers' w3)
     yield Form(rf"{FREE}(w_?1|gate|gate_?proj|w_?gate|gate_?linear|fc_?1|c_fc_?1|linear_?1)", wide, (gate,))
     yield Form(rf"{FREE}(w_?[23]|up|up_?proj|w_?up|up_?linear|fc_?2|c_fc_?2|linear_?2)", wide, (up,))
     yield Form(rf"{FREE}(w_?[23]|down|down_?proj|w_?down|down_?linear|fc_?[23]|linear_?[23])", narrow, (down,))

@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sae_steer.errors import InputError
 from sae_steer.model.decoder import Decoder
@@ -162,7 +163,7 @@ def _without_tied_head(found: Tensors, key_map: KeyMap, shape: DecoderSettings, 
 
 def _filled(shape: DecoderSettings, found: Tensors, file: Path) -> Decoder:
     """The decoder with the tensors in place, if they are all there and nothing else is."""
-    with torch.device("meta"):
+    with _Unfilled():
         model = Decoder(shape)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     misshapen = [
@@ -176,6 +177,17 @@ def _filled(shape: DecoderSettings, found: Tensors, file: Path) -> Decoder:
         raise InputError(f"the weights in {file} do not fit its config.json ({'; '.join(wrong)}); copy both again")
     model.load_state_dict({name: tensor.float().contiguous() for name, tensor in found.items()}, assign=True)
     return model.eval().requires_grad_(False)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Parameters made inside are not filled, as they are replaced at once; torch's meta device costs 5 s of imports."""
+
+    FILLS = ("kaiming_uniform_", "uniform_", "normal_", "ones_", "fill_")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in self.FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _some(names: list[str]) -> str:
