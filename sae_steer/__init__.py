@@ -43,7 +43,7 @@ _HOME = {
     "cache_activations": "cache",
     "ce_recovered": "interventions.splicing",
     "edited": "model.replay",
-    "intervene": "interventions.study",
+    "intervene": "interventions.in_memory",
     "layer_probability": "findings.layer_probability",
     "load_dictionary": "dictionary",
     "load_pair": "pair.model_pair",

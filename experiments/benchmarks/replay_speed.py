@@ -23,7 +23,7 @@ from sae_steer.records import write_json
 from sae_steer.runtime import generator
 from sae_steer.settings import PRESETS
 
-PROMPTS, LENGTH, ONSETS, DIRECTIONS, LAYER, REPEATS = 8, 128, 4, 256, 2, 3
+PROMPTS, LENGTH, ONSETS, DIRECTIONS, LAYER, REPEATS = 8, 128, 4, 256, 2, 2
 WITH_HOOKS = 2
 """Directions that run_with_hooks is timed on, the first of all."""
 SITE = f"blocks.{LAYER}.hook_resid_post"

@@ -162,7 +162,7 @@ def intervene(
         "target_tokens": tokens.described(pair.tokenizer),
     }
     texts = cache.own_texts("confirm", pair.target.name)[: settings.prompts]
-    known, firings, reason = _dictionary_gate(bench, dictionary, found, texts, feature)
+    known, firings, reason = dictionary_gate(bench, dictionary, found, texts, feature)
     if reason or found is None:
         untested = {"tested": False, "reason": reason, "firings": firings, "verdict": INVALID, "quick": settings.quick}
         return Study({**record, **untested}, {})
@@ -221,7 +221,7 @@ def _bench(
     )
 
 
-def _dictionary_gate(bench: Bench, dictionary: Dictionary, found: Direction | None, texts, feature: int | None):
+def dictionary_gate(bench: Bench, dictionary: Dictionary, found: Direction | None, texts, feature: int | None):
     """Gate 4, the firings it counts, and why the direction cannot be tested, if so; nothing for other directions."""
     settings = bench.settings
     if feature is None:
