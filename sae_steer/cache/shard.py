@@ -14,7 +14,7 @@ import numpy as np
 
 from sae_steer.cache.dealing import ShardTexts
 from sae_steer.cache.layout import LABELS, MOMENTS, ORIGIN, site
-from sae_steer.cache.storage import WIDER, decoded, encoded
+from sae_steer.cache.storage import WIDER, decoded, encoded, moments
 from sae_steer.errors import NotFiniteError
 from sae_steer.pair.texts import Text
 from sae_steer.records import read_json, write_json
@@ -37,10 +37,12 @@ def write_shard(folder: Path, shard: ShardTexts, streams: Streams, *, dtype: str
         for model, layers in streams.items():
             for layer, resid in layers.items():
                 dataset = f"{model}/{site(layer)}"
-                stored = _stored(resid, shard.texts, model, layer, dtype)
+                stored = encoded(resid, dtype)
+                sums = moments(stored)
+                if not np.isfinite(sums).all():
+                    raise _cannot_hold(resid, stored, shard.texts, f"model '{model}'", layer, dtype)
                 file.create_dataset(dataset, data=stored)
-                exact = decoded(stored).astype(np.float64)
-                file.create_dataset(f"{MOMENTS}/{dataset}", data=np.stack([exact.sum(0), (exact**2).sum(0)]))
+                file.create_dataset(f"{MOMENTS}/{dataset}", data=sums)
     content = image.getbuffer()
     with replacing(folder / shard.file) as scratch:
         scratch.write_bytes(content)
@@ -83,21 +85,17 @@ def _label_columns(texts: Sequence[Text]) -> dict[str, np.ndarray]:
     }
 
 
-def _stored(resid: np.ndarray, texts: Sequence[Text], model: str, layer: int, dtype: str) -> np.ndarray:
-    """The rows as stored; a value the type cannot hold is a `NotFiniteError` that names its place."""
-    stored = encoded(resid, dtype)
-    bad = np.flatnonzero(~np.isfinite(decoded(stored)).all(axis=1))
-    if not len(bad):
-        return stored
-    row = int(bad[0])
+def _cannot_hold(
+    resid: np.ndarray, stored: np.ndarray, texts: Sequence[Text], model: str, layer: int, dtype: str
+) -> NotFiniteError:
+    """Names the place of the first row that is not finite as stored, and what to do about it."""
+    row = int(np.flatnonzero(~np.isfinite(decoded(stored)).all(axis=1))[0])
     starts = np.cumsum([0, *(len(text) for text in texts)])
     which = int(np.searchsorted(starts, row, side="right")) - 1
     place = f"after block {layer}, prompt {texts[which].prompt}, position {row - starts[which]}"
-    if np.isfinite(resid[row]).all():
-        raise NotFiniteError(
-            f"model '{model}' has a value {dtype} cannot hold {place}: {np.abs(resid[row]).max():.3g}; use --dtype "
-            f"{WIDER[dtype]}, with --force if shards are finished"
-        )
-    raise NotFiniteError(
-        f"model '{model}' has a value that is not finite {place}; mend the model, or leave the text out"
+    if not np.isfinite(resid[row]).all():
+        return NotFiniteError(f"{model} has a value that is not finite {place}; mend the model, or leave the text out")
+    return NotFiniteError(
+        f"{model} has a value {dtype} cannot hold {place}: {np.abs(resid[row]).max():.3g}; use --dtype {WIDER[dtype]}, "
+        "with --force if shards are finished"
     )

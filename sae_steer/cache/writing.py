@@ -68,11 +68,11 @@ def cache_activations(
         return ActivationCache.open(out)
     with _only_writer(out) if world.is_first else nullcontext():
         shards = deal_texts(pair, source, settings.rows_per_shard)
+        if world.is_first and not _begun(out, wanted, force=force):  # asked again: another writer may have come first
+            dtype = _type_for(shards, pair, layers, settings) if settings.dtype == AUTO else settings.dtype
+            _begin(out, _new_manifest(pair, layers, dtype, source, wanted))
         if world.is_first:
             sweep(out)
-            if not _begun(out, wanted, force=force):  # asked again: another writer may have come first
-                dtype = _type_for(shards, pair, layers, settings) if settings.dtype == AUTO else settings.dtype
-                _begin(out, _new_manifest(pair, layers, dtype, source, wanted))
         world.barrier()
         manifest = read_json(out / MANIFEST)
         done = finished_shards(out, manifest)
@@ -83,7 +83,7 @@ def cache_activations(
         world.barrier()
         if world.is_first:
             _finish(out, manifest, shards)
-        world.barrier()
+        world.barrier()  # the others open what the first has listed
     return ActivationCache.open(out)
 
 
