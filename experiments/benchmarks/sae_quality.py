@@ -81,33 +81,30 @@ def join() -> dict:
         "runs": runs,
     }
     for data in ("real", "synthetic"):
-        here = [one for one in runs if one["data"] == data]
-        theirs = [one for one in here if one["trainer"] == "saelens"]
-        whole = [
-            one
-            for one in here
-            if one["trainer"] == "ours" and one["trained_rows"] == max(o["trained_rows"] for o in here)
-        ]
-        if not theirs or not whole:
-            continue
-        best, own = max(theirs, key=lambda one: one["fve"]), whole[0]
-        reached = [one["trained_rows"] for one in here if one["trainer"] == "ours" and one["fve"] >= best["fve"]]
-        record[data] = {
-            "fve": own["fve"],
-            "fve_saelens_best": best["fve"],
-            "saelens_best_lr": best["lr"],
-            "fve_difference": own["fve"] - best["fve"],
-            "dead": own["dead"],
-            "dead_saelens": best["dead"],
-            "rows_to_saelens_fve": min(reached) if reached else None,
-            "rows_of_saelens": best["trained_rows"],
-        }
-        if data == "synthetic":
-            record[data] |= {
-                "mean_max_cosine": own["mean_max_cosine"],
-                "mean_max_cosine_saelens": max(one["mean_max_cosine"] for one in theirs),
-            }
+        record[data] = compared([one for one in runs if one["data"] == data])
     return record
+
+
+def compared(runs: list[dict]) -> dict | None:
+    """Ours against SAELens's best rate, at the most rows both read; None while one of them is missing."""
+    rows = {name: {one["trained_rows"] for one in runs if one["trainer"] == name} for name in ("ours", "saelens")}
+    if not (shared := rows["ours"] & rows["saelens"]):
+        return None
+    equal = [one for one in runs if one["trained_rows"] == max(shared)]
+    theirs = [one for one in equal if one["trainer"] == "saelens"]
+    best, own = max(theirs, key=lambda one: one["fve"]), next(one for one in equal if one["trainer"] == "ours")
+    reached = [one["trained_rows"] for one in runs if one["trainer"] == "ours" and one["fve"] >= best["fve"]]
+    found = {
+        "rows": max(shared),
+        "saelens_rates_tried": sorted(one["lr"] for one in theirs),
+        "saelens_best_rate": best["lr"],
+        "fve_difference": own["fve"] - best["fve"],
+        "rows_of_ours_to_saelens_fve": min(reached) if reached else None,
+    }
+    for name in ("fve", "dead", "mean_max_cosine"):
+        if name in own:
+            found |= {name: own[name], f"{name}_saelens": best[name]}
+    return found
 
 
 def main() -> None:
