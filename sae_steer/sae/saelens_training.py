@@ -9,6 +9,7 @@
 """
 
 import dataclasses
+import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -41,6 +42,21 @@ def saelens_architectures() -> tuple[str, ...]:
     from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
     return tuple(sorted(SAE_TRAINING_CLASS_REGISTRY))
+
+
+def parse_architecture(asked: str) -> tuple[str, dict[str, Any]]:
+    """`saelens:gated,l1_coefficient=2` -> ("gated", {"l1_coefficient": 2}): a name and its options as JSON values."""
+    name, *options = asked.removeprefix(PREFIX).split(",")
+    found: dict[str, Any] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        try:
+            found[key.strip()] = json.loads(value)
+        except ValueError as error:
+            raise InputError(
+                f"{asked!r} has an option {option!r}; write NAME=NUMBER, as in {PREFIX}gated,l1_coefficient=2"
+            ) from error
+    return name, found
 
 
 def train_saelens(

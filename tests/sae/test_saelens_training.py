@@ -14,7 +14,7 @@ from sae_steer.sae.evaluation import evaluate
 from sae_steer.sae.log import Quiet, StepFacts
 from sae_steer.sae.saelens import load_sae, read_metadata, save_sae
 from sae_steer.sae.saelens_adapter import SAELensDictionary, sae_lens
-from sae_steer.sae.saelens_training import saelens_architectures, train_saelens
+from sae_steer.sae.saelens_training import parse_architecture, saelens_architectures, train_saelens
 from sae_steer.settings import SAESettings
 
 ARCHITECTURES = (
@@ -100,6 +100,13 @@ def test_what_saelens_does_not_know_is_told_in_one_line(planted, short, world: W
         train_saelens(planted, short, "gatd", world=world)
     with pytest.raises(InputError, match=r"gated has no option 'l0'; it has .*l1_coefficient"):
         train_saelens(planted, short, "gated", options={"l0": 1}, world=world)
+
+
+def test_options_of_an_architecture_are_read_from_its_name() -> None:
+    assert parse_architecture("saelens:gated,l1_coefficient=2.5") == ("gated", {"l1_coefficient": 2.5})
+    assert parse_architecture("saelens:topk") == ("topk", {})
+    with pytest.raises(InputError, match="has an option 'l1'; write NAME=NUMBER"):
+        parse_architecture("saelens:gated,l1")
 
 
 def test_a_saved_dictionary_says_how_it_was_trained(planted, short, world: World, tmp_path: Path) -> None:
