@@ -95,7 +95,7 @@ def of_vector(name: str, vector: Float[Tensor, " d_model"], s: float | None) -> 
     return Direction(name, (vector / length).float(), length if s is None else s, known)
 
 
-def read_vector(path: Path, d_model: int) -> Float[Tensor, " d_model"]:
+def read_vector(path: Path | str, d_model: int) -> Float[Tensor, " d_model"]:
     """A user's vector from a .npy, .pt (nothing is unpickled), .safetensors or .json file with one vector in it."""
     path = Path(path)
     if not path.is_file() or path.suffix not in FILES:

@@ -25,6 +25,7 @@ from sae_steer.interventions.firings import count_firings, why_untested
 from sae_steer.interventions.plan import Plan, fix_plan
 from sae_steer.interventions.protocol import weigh
 from sae_steer.interventions.readings import Onsets
+from sae_steer.interventions.released import deepdive_steering, three_probes
 from sae_steer.interventions.sampled import SampledArms, plan_prompts
 from sae_steer.interventions.splicing import ce_recovered
 from sae_steer.interventions.table import table
@@ -38,6 +39,7 @@ from sae_steer.runtime import Progress, sha256, silent
 from sae_steer.settings import SPLITS, InterveneSettings
 
 RECORD_FILE, TRIALS_FILE = "results.json", "trials.parquet"
+RELEASED = {"deepdive_steering.json": deepdive_steering, "three_probes.json": three_probes}
 FIT_TEXTS = 300
 """Train texts on which the maps between the streams are fitted."""
 
@@ -67,16 +69,18 @@ class Study:
         return table(self.record)
 
     def save(self, folder: Path) -> Path:
-        """Write `trials.parquet` and `results.json`; returns the latter.
+        """Write `trials.parquet`, the released study's records, and `results.json`; returns the latter.
 
         The record is removed first and written last, so a folder that has one is whole.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (RECORD_FILE, TRIALS_FILE):
+        for name in (RECORD_FILE, TRIALS_FILE, *RELEASED):
             (folder / name).unlink(missing_ok=True)
         if self.tested:
             write_table(folder / TRIALS_FILE, self.trials)
+        for name, told in RELEASED.items():
+            write_json(folder / name, told(self.record))
         return write_json(folder / RECORD_FILE, self.record)
 
 

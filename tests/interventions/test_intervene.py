@@ -17,6 +17,7 @@ from sae_steer.interventions.study import RECORD_FILE, TRIALS_FILE, intervene, l
 from sae_steer.interventions.variants import Direction, four_variants
 from sae_steer.pair.model_pair import load_pair
 from sae_steer.pair.texts import GeneratedTexts
+from sae_steer.records import read_json
 
 EXACT = dataclasses.replace(INTERVENE, generations=0)
 SILENT = 23
@@ -199,6 +200,16 @@ def test_a_study_survives_save_and_load_unchanged(study, saved):
     assert saved.table() == study.table()
 
 
+def test_the_released_records_hold_the_sampled_rates(study, tmp_path):
+    study.save(tmp_path)
+    probes, panels = (read_json(tmp_path / name) for name in ("three_probes.json", "deepdive_steering.json"))
+    sampled = {v["variant"]: v["sampled"]["strict"] for v in study.record["variants"]}
+    assert probes["probe_2_zero_ablation"]["delta_step_onset"] == sampled["zero_ablate"]["delta"]
+    assert probes["probe_3_L1_steering"]["coef_+1.0"]["regulation_rate"] == sampled["upstream"]["rate"]
+    assert panels["panels"]["subtract_from_target"]["steered_reg_rate"] == sampled["subtract"]["rate"]
+    assert probes["probe_1_variant_split"] is None
+
+
 def test_the_record_says_that_an_index_belongs_to_its_dictionary(study):
     assert "feature 7 of this one is not feature 7 of any other" in study.record["note"]
     assert study.record["dictionary_sha256"] in study.record["provenance"]["inputs"].values()
@@ -355,7 +366,11 @@ def test_a_measure_that_no_positive_control_moves_is_invalid_by_gate_6a(
     from sae_steer.interventions.edits import Patch
 
     own = toy_pair.reference.decoder
-    monkeypatch.setattr(Patch, "stream", lambda self, tokens: own.resid_posts(tokens, (self.layer,))[self.layer])
+
+    def nothing_new(self, tokens):
+        return own.resid_posts(tokens, (self.donor.layer,))[self.donor.layer]
+
+    monkeypatch.setattr(Patch, "stream", nothing_new)
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "6a")
     assert "inject" in failed
     assert study.record["variants"][0]["verdict"] == "INVALID"

@@ -7,7 +7,7 @@ from toy import CAUSE, FEATURE, SHAPE
 
 from sae_steer.interventions import measure
 from sae_steer.interventions.controls import isotropic
-from sae_steer.interventions.edits import Control, Fan, Inject, Patch, ZeroAblate
+from sae_steer.interventions.edits import Control, Donor, Fan, Inject, Patch, ZeroAblate
 from sae_steer.interventions.measure import FanRequest, OnsetRows, Request, read, unedited
 from sae_steer.model.readout import TargetMass
 from sae_steer.runtime import generator
@@ -186,7 +186,7 @@ def test_a_full_patch_closes_the_gap_and_a_random_one_of_its_length_does_not(toy
         for model in (reference, target)
     ]
     gap = (clean[1] - clean[0]).mean()
-    patch = Patch(target, 2, lambda rows: rows)
+    patch = Patch(Donor(target, 2), lambda rows: rows)
 
     def same_length(resid):
         lengths = torch.full((*resid.shape[:-1], 1), 2.0)
