@@ -1,6 +1,6 @@
-"""The study on the embedded pair, as `sae-steer run` does it, for three features; keeps the records and the figures.
+"""The study on the embedded pair with the full protocol, for two features and two other directions.
 
-    python experiments/embedded_study.py [FOLDER]  # about 8 minutes on 2 cores; resumes after a kill
+    python experiments/embedded_study.py [FOLDER]  # about half an hour on 2 cores; resumes after a kill
 
 Runs in FOLDER (default: a new temporary one) and copies what the README quotes to experiments/results/small/.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from sae_steer.records import write_json
 
 RESULTS = Path(__file__).parent / "results/small"
-FEATURES = ("like-2504", "2504")
+STUDIES = (("--feature", "2504"), ("--direction", "mean-difference"), ("--direction", "random"))
 KEPT = ("scan/feature_diff.json", "layers/layers.json", "saes/adhd_L2_hook_resid_post/training.json")
 
 
@@ -37,11 +37,11 @@ def keep(source: Path, name: str) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="embedded-study-"))
     start = time.perf_counter()
-    steer(folder, "run")
+    steer(folder, "run", "--full")
     seconds = round(time.perf_counter() - start, 1)
-    write_json(RESULTS / "run.json", {"command": "sae-steer run", "seconds": seconds, "cores": os.cpu_count()})
-    for feature in FEATURES:
-        steer(folder, "intervene", "--feature", feature)
+    write_json(RESULTS / "run.json", {"command": "sae-steer run --full", "seconds": seconds, "cores": os.cpu_count()})
+    for study in STUDIES:
+        steer(folder, "intervene", *study)
     run = steer(folder, "report").parent
     for name in KEPT:
         keep(run / name, Path(name).name if "training" not in name else "adhd_L2.json")

@@ -34,7 +34,7 @@ SAE = SAESettings(
     d_sae=48, k=6, rows=12_800, batch_size=256, dead_after_rows=5_000, checkpoint_every=10, precision="float32"
 )
 INTERVENE = InterveneSettings(
-    doses=(0.0, 1.0, 2.0), min_firings=10, bootstrap_draws=400, controls=25, ribbon=2, calibration=4,
+    doses=(0.0, 1.0, 2.0), min_firings=10, bootstrap_draws=400, controls=25, ribbon=2, calibration=20,
     prompts=36, onsets_per_prompt=2, joint_control_prompts=8, generations=5, baseline_seeds=3, paired_seeds=1,
     null_draws=100,
 )  # fmt: skip

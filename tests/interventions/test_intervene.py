@@ -234,30 +234,26 @@ def test_a_feature_that_hardly_fires_is_invalid_with_its_counts(study, toy_pair,
     assert "a test needs 10000 onsets of 30 tasks" in rare.record["reason"]
 
 
-@pytest.mark.parametrize(("source", "verdict"), [("random", "NULL"), ("mean-difference", "CAUSAL")])
-def test_other_directions_are_judged_without_the_parts_that_need_a_feature(
-    toy_pair, toy_cache, toy_dictionary, source, verdict
-):
+@pytest.mark.parametrize("source", ["random", "mean-difference"])
+def test_other_directions_are_judged_without_the_parts_that_need_a_feature(toy_pair, toy_cache, toy_dictionary, source):
     study = intervene(toy_pair, toy_dictionary, direction=source, cache=toy_cache, settings=EXACT)
     assert [v["variant"] for v in study.record["variants"]] == ["inject", "subtract", "upstream"]
     assert study.record["firings"] is None
     assert "4" not in {gate["gate"] for gate in study.record["gates"]}
-    if verdict == "CAUSAL":
-        assert study.verdict == verdict
-    else:
-        assert study.verdict != "CAUSAL"
+    assert study.verdict != "CAUSAL"
 
 
 def test_a_vector_in_a_file_is_the_vector_in_memory(toy_pair, toy_cache, toy_dictionary, tmp_path):
     vector = 1.7 * toy_dictionary.sae.direction(FEATURE)
     np.save(tmp_path / "cause.npy", vector.numpy())
-    few = dataclasses.replace(EXACT, controls=19, calibration=4, doses=(0.0, 1.0))
+    few = dataclasses.replace(EXACT, doses=(0.0, 1.0))
     first, second = (
         intervene(toy_pair, toy_dictionary, direction=source, cache=toy_cache, settings=few)
         for source in (vector, tmp_path / "cause.npy")
     )
     assert first.record["variants"][0]["single"]["doses"] == second.record["variants"][0]["single"]["doses"]
     assert second.record["direction"] == "cause"
+    assert second.record["variants"][1]["verdict"] == "CAUSAL"
 
 
 @pytest.mark.parametrize("feature", [-1, 24])
@@ -332,14 +328,14 @@ def test_an_edit_that_is_not_delivered_is_invalid_by_gate_2(toy_pair, toy_cache,
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "2")
     assert failed == ["inject", "subtract", "zero_ablate", "upstream"]
     assert study.verdict == "INVALID"
-    assert "moved the stream nowhere" in study.record["variants"][0]["why"]
+    assert "gate 2 (delivered as intended): largest deviation 1.0e+00" in study.record["variants"][0]["why"]
 
 
 def test_a_batch_that_mixes_its_rows_is_invalid_by_gate_3(toy_pair, toy_cache, toy_dictionary, monkeypatch):
     from sae_steer.model.replay import CleanPass
 
     right = CleanPass.read_many
-    monkeypatch.setattr(CleanPass, "read_many", lambda self, row, at, resid: right(self, row, at, resid).flip(0))
+    monkeypatch.setattr(CleanPass, "read_many", lambda *given: right(*given).flip(0))
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "3")
     assert failed == ["inject", "subtract", "zero_ablate", "upstream"]
     assert study.verdict == "INVALID"
