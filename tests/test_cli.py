@@ -365,7 +365,7 @@ def test_a_report_of_nothing(here):
     Path("plain.json").write_text("{}")
     refused(steer("info", "plain.json"), "no record of this package")
     Path("empty").mkdir()
-    refused(steer("info", "empty"), "holds no pair, cache, dictionary or record")
+    refused(steer("info", "empty"), "holds no pair, model, cache, dictionary or record")
 
 
 def test_a_message_of_several_lines_is_told_in_one(monkeypatch):

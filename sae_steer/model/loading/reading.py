@@ -1,6 +1,7 @@
 """From a model folder or a `.pt` bundle to a decoder: config -> shape, weight file -> tensors, names -> places."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -130,7 +131,7 @@ def _match(
     )
 
 
-def _orders(qkv: str | None, gate_up: str | None):
+def _orders(qkv: str | None, gate_up: str | None) -> Iterator[FusedOrders]:
     """The orders left open by what is set, the documented one first."""
     for given, known, key in ((qkv, FusedOrders.QKV, "fused_qkv"), (gate_up, FusedOrders.GATE_UP, "fused_gate_up")):
         if given not in (None, *known):
