@@ -1,5 +1,6 @@
 """A dictionary of one model's stream: learned from a cache, stored where the next command looks, checked on return."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.sae.evaluation import evaluate
 from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
 from sae_steer.sae.saelens import WEIGHTS_FILE, load_sae, read_metadata, save_sae
-from sae_steer.sae.training import train_topk
+from sae_steer.sae.training import Job, TrainedSAE, train
 from sae_steer.settings import SAESettings
 
 RECORD_FILE = "training.json"
@@ -43,7 +44,18 @@ def default_folder(model: str, layer: int, settings: SAESettings) -> str:
         for letter, knob in (("k", "k"), ("d", "d_sae"), ("s", "seed"))
         if getattr(settings, knob) != getattr(usual, knob)
     ]
+    if settings.architecture != usual.architecture:
+        parts.insert(0, settings.architecture)
     return "_".join([f"{model}_L{layer}_hook_resid_post", *parts])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A dictionary to learn: of whose stream, how, and where it is stored."""
+
+    model: str
+    settings: SAESettings
+    out: Path
 
 
 def train_sae(
@@ -55,6 +67,7 @@ def train_sae(
     settings: SAESettings | None = None,
     force: bool = False,
     log: Log | None = None,
+    world: World | None = None,
 ) -> Dictionary:
     """Learn a dictionary of `model`'s stream after block `layer`, or finish one begun in `out`.
 
@@ -62,31 +75,72 @@ def train_sae(
     """
     settings = settings or SAESettings()
     out = Path(out or Path("runs", cache.manifest["pair"], "saes", default_folder(model, layer, settings)))
-    rows, held_out = (cache.rows(model, layer, split) for split in ("train", "scan"))
-    inputs = {"rows": rows.fingerprint, "held_out": held_out.fingerprint, "model": model, "layer": str(layer)}
-    wanted = provenance(settings=settings, inputs=inputs)
-    if already_done(out / RECORD_FILE, wanted, force=force):
-        return load_dictionary(out)
-    world, state = World.local(precision=settings.precision), out / "training" / "state.safetensors"
-    sweep(state.parent)
-    if force:
-        state.unlink(missing_ok=True)
-    (out / RECORD_FILE).unlink(missing_ok=True)  # written last: a folder that has it is whole
-    logs = Together(jsonl_log(out / "training" / "log.jsonl"), log or Quiet())
-    trained = train_topk(rows, settings, world=world, log=logs, checkpoint=state)
+    return train_saes(cache, [Wanted(model, settings, out)], layer=layer, force=force, log=log, world=world)[0]
+
+
+def train_saes(
+    cache: ActivationCache,
+    wanted: Sequence[Wanted],
+    *,
+    layer: int,
+    force: bool = False,
+    log: Log | None = None,
+    world: World | None = None,
+) -> list[Dictionary]:
+    """Learn several dictionaries over one reading of the cache; each ends as it would alone.
+
+    Those that are finished are found again; the others are learned together, their checkpoint in the first's folder.
+    """
+    world = world or World.local(precision=wanted[0].settings.precision)
+    origins = [_origin(cache, one, layer) for one in wanted]
+    done = [
+        already_done(one.out / RECORD_FILE, origin, force=force) for one, origin in zip(wanted, origins, strict=True)
+    ]
+    todo = [(one, origin) for one, origin, found in zip(wanted, origins, done, strict=True) if not found]
+    if todo:
+        _learn(cache, todo, layer, force, log or Quiet(), world)
+    return [load_dictionary(one.out) for one in wanted]
+
+
+def _origin(cache: ActivationCache, wanted: Wanted, layer: int) -> dict:
+    rows, held_out = (cache.rows(wanted.model, layer, split) for split in ("train", "scan"))
+    inputs = {"rows": rows.fingerprint, "held_out": held_out.fingerprint, "model": wanted.model, "layer": str(layer)}
+    return provenance(settings=wanted.settings, inputs=inputs)
+
+
+def _learn(cache: ActivationCache, todo: list, layer: int, force: bool, log: Log, world: World) -> None:
+    first = todo[0][0].out
+    state = first / "training" / "state.safetensors"
+    if world.is_first:
+        sweep(state.parent)
+        if force:
+            state.unlink(missing_ok=True)
+        for one, _ in todo:
+            (one.out / RECORD_FILE).unlink(missing_ok=True)  # written last: a folder that has it is whole
+        log = Together(jsonl_log(first / "training" / "log.jsonl"), log)
+    world.barrier()
+    sources = {one.model: cache.rows(one.model, layer, "train") for one, _ in todo}
+    jobs = [Job(sources[one.model], one.settings, one.out.name if len(todo) > 1 else "") for one, _ in todo]
+    learned = train(jobs, world=world, log=log if world.is_first else None, checkpoint=state)
+    if world.is_first:
+        for (one, origin), trained in zip(todo, learned, strict=True):
+            _store(cache, one, origin, layer, trained)
+        state.unlink()
+    world.barrier()
+
+
+def _store(cache: ActivationCache, one: Wanted, origin: dict, layer: int, trained: TrainedSAE) -> None:
     record = {
-        "provenance": wanted,
-        "model": model,
+        "provenance": origin,
+        "model": one.model,
         "layer": layer,
         "hook": site(layer),
-        "model_sha256": cache.manifest["models"][model]["sha256"],
-        **_figures(trained.sae, rows, held_out),
+        "model_sha256": cache.manifest["models"][one.model]["sha256"],
+        **_figures(trained.sae, *(cache.rows(one.model, layer, split) for split in ("train", "scan"))),
         "steps": trained.steps,
     }
-    save_sae(trained.sae, out, metadata={**record, "settings": asdict(settings)})
-    write_json(out / RECORD_FILE, record)
-    state.unlink()
-    return load_dictionary(out)
+    save_sae(trained.sae, one.out, metadata={**record, "settings": asdict(one.settings)})
+    write_json(one.out / RECORD_FILE, record)
 
 
 def _figures(sae: SparseDictionary, seen: ActivationRows, held_out: ActivationRows) -> dict:

@@ -95,28 +95,51 @@ class CacheSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SAESettings:
-    """How a TopK dictionary is learned (Gao et al. 2024, 2406.04093)."""
+    """How a dictionary is learned (Gao et al. 2024, 2406.04093)."""
 
+    architecture: str = "topk"
+    """`topk`, `batchtopk`, `matryoshka`, `jumprelu`; the last three are stored as jumprelu."""
     d_sae: int = 4096
     k: int = 40
+    """Active features a row: exactly with TopK, on average with the others."""
     rows: int = 2_000_000
     """Rows read in all; the cache's training split is read as often as that takes."""
     batch_size: int = 2048
-    lr: float = 3e-3
+    """Rows a step, of all processes together."""
+    lr: float | None = None
+    """Peak learning rate; by default 3e-3 at 4,096 features, and falling with the root of their number."""
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises linearly."""
     decay: float = 0.25
     """Share of the steps, the last ones, in which it falls linearly to zero."""
+    k_warmup: float = 0.0
+    """Share of the steps in which k falls linearly from four times its value."""
+    patience: int | None = None
+    """Rows without a better FVE (by .001) after which the decay begins at once; by default never."""
     aux_k: int = 64
     """Dead features that reconstruct the residual error in the auxiliary loss."""
     aux_coefficient: float = 1 / 32
     dead_after_rows: int = 200_000
     """A feature silent for so many rows counts as dead."""
+    prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Matryoshka: the shares of the features that must reconstruct the rows by themselves."""
+    bandwidth: float = 0.1
+    """JumpReLU: how near its threshold, on rows of mean square d_in, a code moves it."""
+    sparsity: float = 1.0
+    """JumpReLU: the weight of (L0 / k - 1)^2 beside the unexplained share of variance."""
     checkpoint_every: int = 200
     """Steps between checkpoints: what a kill can cost."""
     precision: str = "bfloat16"
     """Type of the encoder's matrix product: `float32` or `bfloat16`."""
     seed: int = 0
+    """Fixes the first weights; the order of the rows does not depend on it, so that seeds can share one reading."""
+    order_seed: int = 0
+    """Fixes the order of the rows."""
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, or its default for this width."""
+        return self.lr if self.lr is not None else 3e-3 * (4096 / self.d_sae) ** 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,38 +221,4 @@ class LayersSettings:
     prompts: int = 300
     """Confirm-split texts a rendering at most."""
     bootstrap_draws: int = 10_000
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelftestSettings:
-    """How often the verdict is put to the test, on planted pairs whose truth is known, and on how much data."""
-
-    studies: int = 60
-    """Of each kind of planted pair."""
-    tasks: int = 100
-    """Tasks a study draws from the population, one text each: as many as a null needs."""
-    onsets: int = 6
-    """Each text is the opening of a plan, up to so many onsets."""
-    onsets_per_prompt: int = 1
-    """Of them, how many are edited one at a time."""
-    controls: int = 199
-    """Directions in each control family."""
-    calibration: int = 20
-    """Fresh directions treated as if each were the one studied."""
-    joint_control_prompts: int = 16
-    """Texts on which joint edits are compared with control directions."""
-    prompts_per_task: int = 7
-    """Of the population on which the truth is measured: 3,108 texts of 444 tasks."""
-    fresh: int = 100
-    """Fresh directions of each family that a study on the level of the specificity test ranks among the controls."""
-    level_studies: int = 12
-    bootstrap_draws: int = 4_000
-    train_plans: int = 1_500
-    """Plans the dictionary is learned on."""
-    d_sae: int = 2_048
-    sae_rows: int = 600_000
-    fit_texts: int = 150
-    """Texts on which maps between the two streams are fitted."""
-    tune_texts: int = 200
     seed: int = 0

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_steer.runtime import World
-from sae_steer.sae.training import RowSource, initial_state, train_step
+from sae_steer.sae.training import Job, RowSource, Training
 from sae_steer.settings import SAESettings
 
 Rows = Iterable[Float[Tensor, "row d_in"]]
@@ -130,15 +130,13 @@ def sparsify(*, d_in: int, d_sae: int, k: int, batch_size: int, lr: float | None
 
 def ours(source: RowSource, settings: SAESettings, *, device: str | None = None) -> Trainer:
     """sae_steer's TopK, stepped as its training loop does."""
-    world = World.local(precision=settings.precision, device=device)
-    steps, scale = settings.rows // settings.batch_size, (source.mean_square / source.d_in) ** 0.5
-    state = initial_state(source, settings, scale, world)
+    training = Training([Job(source, settings)], World.local(precision=settings.precision, device=device))
 
     def step(batch: Tensor) -> None:
-        train_step(state, batch.to(world.device) / scale, settings, steps, world)
+        training.step([batch])
 
     def finish():
-        sae = state.sae.scaled(scale)
+        sae = training.finished()[0].sae
         return (
             lambda x: sae.encode(x).dense(),
             lambda codes: codes @ sae.W_dec + sae.b_dec,

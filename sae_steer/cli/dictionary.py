@@ -1,46 +1,68 @@
 """Learning dictionaries from a cache."""
 
+from dataclasses import replace
+from itertools import product
+
 import click
 
 from sae_steer.cli.group import main
-from sae_steer.cli.options import COUNT, force_option, layer_option, open_pair, out_option, places_options, seed_option
+from sae_steer.cli.options import COUNT, force_option, layer_option, open_pair, out_option, places_options
 from sae_steer.settings import SAESettings
 
 
 @main.command("train-sae")
 @places_options
 @layer_option
-@click.option("--model", help="The model whose stream is learned.  [default: the target model]")
-@click.option("--k", default=SAESettings.k, type=COUNT, help="Active features a row.")
-@click.option("--d-sae", default=SAESettings.d_sae, type=COUNT, help="Features.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="The model whose stream is learned; repeat for more.  [default: target]",
+)
+@click.option("--arch", default=SAESettings.architecture, help="topk, batchtopk, matryoshka or jumprelu.")
+@click.option("--k", "ks", multiple=True, default=[SAESettings.k], type=COUNT, help="Active features a row.")
+@click.option("--d-sae", "widths", multiple=True, default=[SAESettings.d_sae], type=COUNT, help="Features; may repeat.")
+@click.option(
+    "--seed", "seeds", multiple=True, default=[0], type=click.IntRange(min=0), help="Fixes the start; may repeat."
+)
 @click.option("--rows", default=SAESettings.rows, type=COUNT, help="Rows read in all.")
 @click.option("--batch-size", default=SAESettings.batch_size, type=COUNT, help="Rows a step.")
-@click.option("--lr", default=SAESettings.lr, help="Peak learning rate.")
+@click.option("--lr", "peak", type=float, help="Peak learning rate.  [default: 3e-3 * sqrt(4096 / d_sae)]")
+@click.option("--warmup", default=SAESettings.warmup, help="Share of the steps in which the learning rate rises.")
+@click.option("--k-warmup", default=SAESettings.k_warmup, help="Share of the steps in which k falls from four times.")
+@click.option("--patience", "wait", type=COUNT, help="Rows without a better FVE before it ends.  [default: never]")
 @click.option(
     "--precision", type=click.Choice(["bfloat16", "float32"]), default=SAESettings.precision, help="Of the encoder."
 )
 @out_option
-@seed_option
 @force_option
-def train_sae(pair, cache_folder, layer, model, out, force, **knobs) -> None:
-    """Learn a TopK dictionary from the cache; written as a SAELens folder, resumes after a kill.
+def train_sae(pair, cache_folder, layer, models, arch, ks, widths, seeds, peak, wait, out, force, **knobs) -> None:
+    """Learn dictionaries from the cache, all in one reading of it; SAELens folders, resumed after a kill.
 
     \b
     Example:
         sae-steer train-sae --model adhd --layer 2 --k 40 --d-sae 4096
+        sae-steer train-sae --arch batchtopk --seed 0 --seed 1 --seed 2
+        torchrun --nproc-per-node 2 -m sae_steer train-sae
     """
     from sae_steer.cache import ActivationCache
-    from sae_steer.dictionary import train_sae
+    from sae_steer.dictionary import Wanted, train_saes
     from sae_steer.interventions.splicing import find_or_splice
+    from sae_steer.runtime import joined
     from sae_steer.terminal import Bar, TrainingBar
 
     loaded, places = open_pair(pair, cache_folder, None)
-    cache, settings = ActivationCache.open(places.cache), SAESettings(**knobs)
+    cache = ActivationCache.open(places.cache)
     cache.check_pair(loaded)
-    name = loaded.model(model or "target").name
-    folder = out or places.dictionary(name, layer, settings)
-    dictionary = train_sae(
-        cache, model=name, layer=layer, out=folder, settings=settings, force=force, log=TrainingBar(Bar("train-sae"))
-    )
-    find_or_splice(loaded, cache, dictionary, folder, force=force)
-    click.echo(folder)
+    wanted, knobs = [], {**knobs, "architecture": arch, "lr": peak, "patience": wait}
+    for model, k, width, seed in product(models or ["target"], ks, widths, seeds):
+        name, settings = loaded.model(model).name, SAESettings(k=k, d_sae=width, seed=seed, **knobs)
+        wanted.append(Wanted(name, settings, places.dictionary(name, layer, settings)))
+    if out is not None:
+        wanted = [replace(one, out=out if len(wanted) == 1 else out / one.out.name) for one in wanted]
+    with joined(precision=knobs["precision"]) as world:
+        learned = train_saes(cache, wanted, layer=layer, force=force, log=TrainingBar(Bar("train-sae")), world=world)
+    if world.is_first:
+        for one, dictionary in zip(wanted, learned, strict=True):
+            find_or_splice(loaded, cache, dictionary, one.out, force=force)
+            click.echo(one.out)

@@ -1,99 +1,173 @@
-"""Sparse codes, and the products of a TopK dictionary without a dense rows x d_sae tensor.
+"""The products of a training step on sparse codes, in torch: no rows x d_sae tensor beyond the encoder's output.
 
-1. `select_topk`: the encoder's product for a slab of rows, and the k largest of each row.
-2. `decode_codes`: x_hat[n] = sum_i values[n, i] W_dec[indices[n, i]], an `embedding_bag` over the dictionary.
-3. Weight gradients: sort the codes by feature; the gradient of feature j is then a weighted sum over
-   the rows that use it, an `embedding_bag` over the batch. The sort is stable and each sum has one
-   owner, so the same inputs give the same bytes.
+1. `select_topk`, `select_above`: the encoder's product for a slab of rows, and the codes of each row.
+2. `reconstruct`: x_hat[n] = sum_i values[n, i] W_dec[indices[n, i]] + b_dec, an `embedding_bag` over the
+   dictionary; from its error the slope of the loss along each code.
+3. `feature_gradients`: sort the codes by feature; the gradient of feature j is then a weighted sum over the
+   rows that use it, an `embedding_bag` over the batch. The sort is stable and each sum has one owner, so the
+   same inputs give the same bytes.
+
+`compiled` has the same functions for CPUs, several times faster; this file is what they must equal.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-SLAB = 1024
-"""Rows whose pre-activations exist at once: 8 MB at d_sae 4096 stay in cache (45 ms a batch against 54)."""
+from sae_steer.runtime import World
+from sae_steer.sae.architectures import SLAB
 
 
 @dataclass(frozen=True)
-class Support:
-    """Which features each row uses; sorted by feature on first need, once for all gradients of the batch."""
+class RowCodes:
+    """Codes in a rectangle: row n has values[n, i] at feature indices[n, i] for i < counts[n], and nothing after."""
 
-    indices: Int[Tensor, "row k"]
-    d_sae: int
+    indices: Int[Tensor, "row slot"]
+    values: Float[Tensor, "row slot"]
+    """Zero past the row's count."""
+    counts: Int[Tensor, " row"]
 
-    @cached_property
-    def _by_feature(self) -> tuple[Tensor, Tensor, Tensor]:
-        # int32 sorts in 1.9 ms where int64 takes 3.1
-        in_order, slots = torch.sort(self.indices.flatten().int(), stable=True)
-        features = torch.arange(self.d_sae, device=slots.device, dtype=torch.int32)
-        return slots, slots // self.indices.shape[1], torch.searchsorted(in_order, features)
-
-    def sum_rows(
-        self, rows: Float[Tensor, "row d"], weights: Float[Tensor, "row k"]
-    ) -> Float[Tensor, "{self.d_sae} d"]:
-        """out[j] = the sum of weights[n, i] * rows[n] over the codes (n, i) of feature j."""
-        slots, owners, starts = self._by_feature
-        return embedding_bag(owners, rows.contiguous(), starts, per_sample_weights=weights.flatten()[slots], mode="sum")
-
-    def sum_weights(self, weights: Float[Tensor, "row k"]) -> Float[Tensor, " {self.d_sae}"]:
-        """out[j] = the sum of weights[n, i] over the codes (n, i) of feature j."""
-        slots, _, starts = self._by_feature
-        return embedding_bag(slots, weights.reshape(-1, 1), starts, mode="sum")[:, 0]
+    def with_values(self, values: Float[Tensor, "row slot"]) -> "RowCodes":
+        """The same features at other values."""
+        return RowCodes(self.indices, values, self.counts)
 
 
 @dataclass(frozen=True)
-class TrainingCodes:
-    """f of a batch: row n has values[n, i] at feature indices[n, i] and zero elsewhere."""
+class Reconstruction:
+    """What the codes make of the rows, by its derivatives."""
 
-    values: Float[Tensor, "row k"]
-    support: Support
+    errors: Float[Tensor, "prefix row d_in"]
+    """The gradient of the loss to the contribution of a feature in each prefix's last part; [0] is that to b_dec."""
+    slopes: Float[Tensor, "row slot"]
+    """The gradient of the loss to each code."""
+    squared_errors: Float[Tensor, " prefix"]
+    """Sum over rows of ||x - x_hat||^2, for each prefix."""
 
-    @property
-    def indices(self) -> Int[Tensor, "row k"]:
-        """The features selected in each row, in no order; a selected feature may have value zero."""
-        return self.support.indices
 
-    @property
-    def d_sae(self) -> int:
-        """The number of features in the dictionary."""
-        return self.support.d_sae
+@dataclass(frozen=True)
+class Part:
+    """Codes of a batch and what the loss says of them, ready to become gradients of the features."""
 
-    @property
-    def firings(self) -> Int[Tensor, " {self.d_sae}"]:
-        """How many rows each feature fires in, that is has a value above zero."""
-        fired = (self.values > 0).long().flatten()
-        return torch.zeros(self.d_sae, dtype=torch.long, device=fired.device).index_add_(
-            0, self.indices.flatten(), fired
-        )
+    codes: RowCodes
+    fit: Reconstruction
+    features: Int[Tensor, " chosen"] | None = None
+    """The feature behind each index, where the codes are of some features only."""
 
-    def dense(self) -> Float[Tensor, "row {self.d_sae}"]:
-        """The same codes as a dense matrix."""
-        empty = self.values.new_zeros(len(self.values), self.d_sae)
-        return empty.scatter(1, self.indices, self.values)
+
+def preactivations(
+    x: Float[Tensor, "row d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"]
+) -> Float[Tensor, "row d_sae"]:
+    """x @ W.T + bias, at the type of its operands."""
+    return torch.addmm(bias, x, W.T)
 
 
 @torch.no_grad()
 def select_topk(
-    centred: Float[Tensor, "row d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    k: int,
-) -> tuple[Float[Tensor, "row k"], Support]:
-    """The k largest pre-activations of each row, at the precision of the surrounding `world.compute()`."""
-    # torch.topk takes half of a step at d_in 128; among equal values it decides by itself, row by row
-    parts = [torch.addmm(b_enc, slab, W_enc).topk(k, dim=1, sorted=False) for slab in centred.split(SLAB)]
-    values = torch.cat([part.values for part in parts]).to(centred.dtype)
-    return values, Support(torch.cat([part.indices for part in parts]), W_enc.shape[1])
+    x: Float[Tensor, "row d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"], k: int
+) -> RowCodes:
+    """The k largest pre-activations of each row; among equal ones the lowest indices; those not above zero are none."""
+    parts = [_largest(preactivations(slab, W, bias), k) for slab in x.split(SLAB)]
+    values = torch.cat([values for values, _ in parts]).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    indices = torch.cat([indices for _, indices in parts])
+    return RowCodes(indices.int(), values.relu(), torch.full((len(x),), k, dtype=torch.int32, device=x.device))
+
+
+def _largest(pre: Float[Tensor, "row d_sae"], k: int) -> tuple[Tensor, Tensor]:
+    d_sae = pre.shape[1]
+    if pre.dtype != torch.bfloat16 or d_sae > 1 << 16:  # equal values are rare in float32
+        return pre.topk(k, dim=1, sorted=False)
+    bits = pre.view(torch.int16)  # flipped below zero they order as the numbers do; the index settles ties
+    keys = (bits ^ ((bits >> 15) & 0x7FFF)).int() * (1 << 16) + torch.arange(d_sae - 1, -1, -1, device=pre.device).int()
+    indices = d_sae - 1 - (keys.topk(k, dim=1, sorted=False).values & 0xFFFF)
+    return pre.gather(1, indices.long()), indices
+
+
+@torch.no_grad()
+def select_above(
+    x: Float[Tensor, "row d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    floor: Float[Tensor, " d_sae"],
+) -> RowCodes:
+    """Every pre-activation above zero and above its feature's floor, in the features' order; waits for the device."""
+    slabs = []
+    for slab in x.split(SLAB):
+        pre = preactivations(slab, W, bias)
+        pre = pre if pre.dtype == torch.float64 else pre.float()
+        rows, indices = (pre > floor.clamp_min(0)).nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=len(slab))
+        slot = torch.arange(len(rows), device=x.device) - (counts.cumsum(0) - counts)[rows]
+        slabs.append((pre[rows, indices], indices, rows, slot, counts))
+    width = max(1, max(int(counts.max()) if len(counts) else 0 for *_, counts in slabs))
+    return _rectangle(slabs, width)
+
+
+def _rectangle(slabs: list, width: int) -> RowCodes:
+    """The slabs' lists of codes, each row's from slot 0 on."""
+    all_indices, all_values = [], []
+    for values, indices, rows, slot, counts in slabs:
+        all_indices.append(indices.new_zeros(len(counts), width).index_put_((rows, slot), indices).int())
+        all_values.append(values.new_zeros(len(counts), width).index_put_((rows, slot), values))
+    return RowCodes(torch.cat(all_indices), torch.cat(all_values), torch.cat([slab[4] for slab in slabs]).int())
+
+
+def at_least(codes: RowCodes, least: Float[Tensor, ""]) -> RowCodes:
+    """The codes of value `least` or more."""
+    return codes.with_values(codes.values * (codes.values >= least))
+
+
+def nth_largest(values: Float[Tensor, "..."], n: int, world: World) -> Float[Tensor, ""]:
+    """The n-th largest of the values above zero of all processes, or zero if there are fewer.
+
+    Exact in float32 and without sorting: a histogram of the upper 16 bits, then one of the lower 16 bits.
+    """
+    bits = values.flatten().float().view(torch.int32).long()
+    upper, remaining = _bin_of_nth(bits >> 16, torch.ones_like(bits), 1 << 15, n, world)
+    lower, _ = _bin_of_nth(bits & 0xFFFF, (bits >> 16 == upper).long(), 1 << 16, remaining, world)
+    return ((upper << 16) + lower).int().view(torch.float32)
+
+
+def _bin_of_nth(bins: Tensor, weights: Tensor, size: int, n: Tensor | int, world: World) -> tuple[Tensor, Tensor]:
+    """The highest bin with n or more at it and above, or bin 0; and how many of the n are left for it."""
+    counts = torch.zeros(size, dtype=torch.long, device=bins.device).index_add_(0, bins, weights)
+    reached = world.sum_(counts).flip(0).cumsum(0).flip(0)  # [b] how many lie in bin b or above
+    found = ((reached >= n).sum() - 1).clamp_min(0)
+    return found, n - (reached[found] - counts[found])
+
+
+@torch.no_grad()
+def reconstruct(
+    x: Float[Tensor, "row d_in"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    codes: RowCodes,
+    prefixes: list[int],
+    scale: Float[Tensor, ""] | float,
+) -> Reconstruction:
+    """Errors of the reconstructions by the first prefixes[0], prefixes[1], ... features, the last being all.
+
+    The loss is scale / 2 times the sum of ||x - x_hat||^2 over rows and prefixes.
+    """
+    group = torch.bucketize(codes.indices, torch.tensor(prefixes, device=x.device), right=True)
+    indices, errors, squares = codes.indices.long(), [], []
+    for number in range(len(prefixes)):
+        weights = codes.values * (group <= number) if len(prefixes) > 1 else codes.values
+        errors.append(embedding_bag(indices, W_dec, per_sample_weights=weights, mode="sum") + b_dec - x)
+        squares.append(errors[-1].square().sum())
+    stacked = torch.stack(errors) * scale
+    stacked = stacked.flip(0).cumsum(0).flip(0)  # a feature takes part in its own prefix and all longer ones
+    slopes = torch.zeros_like(codes.values)
+    for number in range(len(prefixes)):
+        slopes += selected_dots(stacked[number], W_dec, indices) * (group == number)
+    return Reconstruction(stacked, slopes * (codes.values > 0), torch.stack(squares))
 
 
 def selected_dots(
-    rows: Float[Tensor, "row d"], table: Float[Tensor, "d_sae d"], indices: Int[Tensor, "row k"]
-) -> Float[Tensor, "row k"]:
+    rows: Float[Tensor, "row d"], table: Float[Tensor, "d_sae d"], indices: Int[Tensor, "row slot"]
+) -> Float[Tensor, "row slot"]:
     """out[n, i] = rows[n] . table[indices[n, i]]."""
     count, k = indices.shape
     bags = torch.arange(count, device=rows.device)
@@ -104,57 +178,36 @@ def selected_dots(
     return dots.view(count, k)
 
 
-class _Preactivations(torch.autograd.Function):
-    """The selected pre-activations; which are selected has no gradient."""
+@dataclass(frozen=True)
+class FeatureGradients:
+    """Gradients of the loss to what belongs to one feature each, summed over the rows."""
 
-    @staticmethod
-    def forward(ctx, x, b_dec, W_enc, b_enc, k):
-        centred = x - b_dec
-        values, support = select_topk(centred, W_enc, b_enc, k)
-        ctx.save_for_backward(centred, W_enc)
-        ctx.support = support
-        return values, support
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        centred, W_enc = ctx.saved_tensors
-        grad_b_enc = ctx.support.sum_weights(grad)
-        grad_W_enc = ctx.support.sum_rows(centred, grad).T
-        grad_b_dec = -(W_enc @ grad_b_enc)  # the sum over rows of the gradient to x, without that gradient
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = embedding_bag(ctx.support.indices, W_enc.T.contiguous(), per_sample_weights=grad, mode="sum")
-        return grad_x, grad_b_dec, grad_W_enc, grad_b_enc, None
+    W_enc: Float[Tensor, "d_sae d_in"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_enc: Float[Tensor, " d_sae"]
+    fired: Float[Tensor, " d_sae"]
+    """Rows in which each feature is above zero."""
 
 
-class _Decode(torch.autograd.Function):
-    """The codes' weighted sums of dictionary rows."""
-
-    @staticmethod
-    def forward(ctx, values, W_dec, support):
-        ctx.save_for_backward(values, W_dec)
-        ctx.support = support
-        return embedding_bag(support.indices, W_dec, per_sample_weights=values, mode="sum")
-
-    @staticmethod
-    def backward(ctx, grad):
-        values, W_dec = ctx.saved_tensors
-        grad_values = selected_dots(grad, W_dec, ctx.support.indices)
-        return grad_values, ctx.support.sum_rows(grad, values), None
-
-
-def encode_topk(
-    x: Float[Tensor, "row d_in"],
-    W_enc: Float[Tensor, "d_in d_sae"],
-    b_enc: Float[Tensor, " d_sae"],
-    b_dec: Float[Tensor, " d_in"],
-    k: int,
-) -> TrainingCodes:
-    """f = relu of the k largest of (x - b_dec) @ W_enc + b_enc; differentiable in all four tensors."""
-    preactivations, support = _Preactivations.apply(x, b_dec, W_enc, b_enc, k)
-    return TrainingCodes(preactivations.relu(), support)
-
-
-def decode_codes(codes: TrainingCodes, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "row d_in"]:
-    """f @ W_dec; differentiable in the codes' values and in W_dec."""
-    return _Decode.apply(codes.values, W_dec, codes.support)
+@torch.no_grad()
+def feature_gradients(
+    x: Float[Tensor, "row d_in"], b_dec: Float[Tensor, " d_in"], parts: list[Part], prefixes: list[int], d_sae: int
+) -> FeatureGradients:
+    """The gradients of all features' weights, the encoder's given as rows of its transpose."""
+    W_enc, W_dec = x.new_zeros(d_sae, x.shape[1]), x.new_zeros(d_sae, x.shape[1])
+    b_enc, fired = x.new_zeros(d_sae), x.new_zeros(d_sae)
+    for part in parts:
+        codes, fit = part.codes, part.fit
+        indices = codes.indices if part.features is None else part.features[codes.indices.long()]
+        in_order, slots = torch.sort(indices.flatten().int(), stable=True)  # int32: 1.9 ms; int64: 3.1
+        starts = torch.searchsorted(in_order, torch.arange(d_sae, device=x.device, dtype=torch.int32))
+        owners = slots // codes.indices.shape[1]
+        slopes, values = fit.slopes.flatten()[slots], codes.values.flatten()[slots]
+        W_enc += embedding_bag(owners, x, starts, per_sample_weights=slopes, mode="sum")
+        if len(fit.errors) > 1:
+            owners = owners + len(x) * torch.bucketize(in_order, torch.tensor(prefixes, device=x.device), right=True)
+        W_dec += embedding_bag(owners, fit.errors.flatten(0, 1), starts, per_sample_weights=values, mode="sum")
+        b_enc.index_add_(0, indices.flatten().long(), fit.slopes.flatten())
+        if part.features is None:
+            fired.index_add_(0, indices.flatten().long(), (codes.values > 0).to(x).flatten())
+    return FeatureGradients(W_enc - b_enc[:, None] * b_dec, W_dec, b_enc, fired)

@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 class StepFacts:
     """How training stands after a step."""
 
+    name: str = ""
+    """Which dictionary, where several are learned together."""
     step: int
     steps: int
     """Steps of the whole run."""

@@ -122,7 +122,7 @@ def _trainer(rows: RowSource, settings: SAESettings, architecture: str, options:
     trainer = SAETrainer(
         cfg=SAETrainerConfig(
             total_training_samples=settings.rows, train_batch_size_samples=settings.batch_size,
-            lr=settings.lr, lr_end=settings.lr / 10,
+            lr=settings.peak_lr, lr_end=settings.peak_lr / 10,
             lr_warm_up_steps=round(steps * settings.warmup), lr_decay_steps=round(steps * settings.decay),
             device=str(world.device), autocast=world.autocast is not None,
             dead_feature_window=max(1, settings.dead_after_rows // settings.batch_size),

@@ -1,38 +1,37 @@
-"""Learning a TopK dictionary (Gao et al. 2024, 2406.04093), resumable bit for bit.
+"""Learning dictionaries (Gao et al. 2024, 2406.04093), one or many over one reading, resumable bit for bit.
 
-1. Rows are divided by one number, so that their mean squared distance from the mean is d_in;
-   at the end the biases are multiplied by it, and the dictionary reads raw rows.
-2. b_dec starts at the data's mean, W_dec at random unit rows, W_enc at a multiple of W_dec's transpose.
-3. A step: the batch of that step, reconstruction loss, the dead features' loss, Adam;
-   the decoder's gradient has no part along its rows, and its rows are put back to norm one.
-4. The learning rate rises linearly, stays, and falls linearly to zero.
+1. The data's mean is taken from the rows, and they are divided by one number, so that their mean square is d_in;
+   at the end both are folded into the weights, and the dictionary reads raw rows.
+2. Every dictionary takes a step (`learner`) on the batch of that step, which is read and standardised once for all
+   that learn from the same rows. Alone or beside others, a dictionary ends with the same bytes.
+3. The learning rate rises linearly, stays, and falls linearly to zero.
+4. Among several processes each reads its share of every batch, and gradients are summed.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from sae_steer.errors import InputError, NotFiniteError
-from sae_steer.runtime import World, generator
-from sae_steer.sae.architectures import TopKConfig, TopKSAE
+from sae_steer.runtime import World
+from sae_steer.sae.architectures import ARCHITECTURES, LinearSAE
 from sae_steer.sae.checkpoint import TrainingState, interrupts_held, last_good
-from sae_steer.sae.kernels import decode_codes, encode_topk
+from sae_steer.sae.learner import new_learner, step
 from sae_steer.sae.log import Log, Quiet, StepFacts
-from sae_steer.sae.losses import auxk_loss, reconstruction_mse
+from sae_steer.sae.schedule import Plateau, codes_a_row, learning_rate
 from sae_steer.settings import SAESettings
 
 LOG_EVERY = 10
 """Steps between two looks at the loss: each look waits for the device."""
 
-_MAX_GRADIENT_NORM = 1.0
-_ADAM_EPS = 6.25e-10  # Gao et al., appendix A.3: gradients of a mean over 4096 rows are small
+_EXPLODED = 1e4
+_SHARED = ("rows", "batch_size", "order_seed", "precision", "warmup", "decay", "patience", "checkpoint_every")
 
 
 @runtime_checkable
@@ -55,7 +54,7 @@ class RowSource(Protocol):
 class TrainedSAE:
     """A finished dictionary and what it came from."""
 
-    sae: TopKSAE
+    sae: LinearSAE
     """On raw rows."""
     settings: SAESettings
     steps: int
@@ -68,115 +67,158 @@ class TrainedSAE:
         return {"settings": dataclasses.asdict(self.settings), "steps": self.steps, "rows": self.rows}
 
 
-def train_topk(
-    rows: RowSource,
-    settings: SAESettings,
-    *,
-    world: World,
-    log: Log | None = None,
-    checkpoint: Path | None = None,
-) -> TrainedSAE:
-    """The dictionary of `settings` for `rows`; goes on from `checkpoint` if that file exists.
+@dataclass(frozen=True)
+class Job:
+    """A dictionary to learn: from which rows, and how."""
 
-    The finished state stays in `checkpoint`: delete it once the dictionary is saved.
+    rows: RowSource
+    settings: SAESettings
+    name: str = ""
+
+
+class Training:
+    """Dictionaries part-way: `step` takes the batch of every source and moves all dictionaries by one step."""
+
+    def __init__(self, jobs: Sequence[Job], world: World) -> None:
+        _check(jobs, world)
+        self.jobs, self.world, self.shared = jobs, world, jobs[0].settings
+        self.steps = self.shared.rows // self.shared.batch_size
+        self.sources = list({id(job.rows): job.rows for job in jobs}.values())
+        self.scales = [_scale(rows) for rows in self.sources]
+        self.means = [rows.mean.to(world.device) for rows in self.sources]
+        self._source_of = [next(i for i, rows in enumerate(self.sources) if rows is job.rows) for job in jobs]
+        first = [self._standard(number, self.batch(number, 0)) for number in range(len(self.sources))]
+        learners = [
+            new_learner(first[source], job.settings, world) for source, job in zip(self._source_of, jobs, strict=True)
+        ]
+        self.state = TrainingState(learners, Plateau(self.shared, self.steps))
+
+    def batch(self, source: int, number: int) -> Float[Tensor, "row d_in"]:
+        """The rows of step `number`, all of them."""
+        return self.sources[source].batch(number, self.shared.batch_size, self.shared.order_seed)
+
+    def _standard(self, source: int, batch: Tensor) -> Float[Tensor, "row d_in"]:
+        return (batch.to(self.world.device) - self.means[source]).mul_(1 / self.scales[source])
+
+    def step(self, batches: Sequence[Float[Tensor, "row d_in"]]) -> list[Float[Tensor, ""]]:
+        """One step of every dictionary on raw rows, a batch a source; returns what each leaves unexplained."""
+        world, state = self.world, self.state
+        share = self.shared.batch_size // world.size
+        mine = slice(world.rank * share, (world.rank + 1) * share)
+        rows = [self._standard(source, batch[mine]) for source, batch in enumerate(batches)]
+        low = [x.to(world.autocast) if world.autocast else x for x in rows]
+        progress, lost = state.plateau.progress(state.step), []
+        for source, learner in zip(self._source_of, state.learners, strict=True):
+            settings = learner.settings
+            k, lr = codes_a_row(progress, settings), learning_rate(progress, settings)
+            lost.append(step(learner, rows[source], low[source], k, lr, world))
+        state.step += 1
+        return lost
+
+    def facts(self, lost: Sequence[Float[Tensor, ""]], checkpoint: Path | None) -> list[StepFacts]:
+        """How each dictionary stands; a loss that is not finite or has exploded is an error."""
+        state, progress, found = self.state, self.state.plateau.progress(self.state.step - 1), []
+        for job, learner, value in zip(self.jobs, state.learners, map(float, lost), strict=True):
+            if not value < _EXPLODED:
+                raise NotFiniteError(f"the loss is {value:.4g} at step {state.step}; {last_good(checkpoint)}")
+            dead = (learner.silent_rows > learner.settings.dead_after_rows).double().mean()
+            found.append(
+                StepFacts(
+                    name=job.name,
+                    step=state.step,
+                    steps=state.plateau.last,
+                    loss=value,
+                    fve=1 - value,
+                    dead=float(dead),
+                    lr=learning_rate(progress, learner.settings),
+                )
+            )
+        return found
+
+    def finished(self) -> list[TrainedSAE]:
+        """The dictionaries as they are now, on raw rows."""
+        return [
+            TrainedSAE(
+                sae=learner.exported(self.means[source], self.scales[source]),
+                settings=job.settings,
+                steps=self.state.step,
+                rows=job.rows.fingerprint,
+            )
+            for source, job, learner in zip(self._source_of, self.jobs, self.state.learners, strict=True)
+        ]
+
+
+def train(
+    jobs: Sequence[Job], *, world: World, log: Log | None = None, checkpoint: Path | None = None
+) -> list[TrainedSAE]:
+    """The dictionaries of `jobs`; goes on from `checkpoint` if that file exists.
+
+    The finished state stays in `checkpoint`: delete it once the dictionaries are saved.
     """
     log = log or Quiet()
-    steps = settings.rows // settings.batch_size
-    scale = _scale(rows)
+    training = Training(jobs, world)
+    state, shared = training.state, training.shared
     identity = {
-        "settings": dataclasses.asdict(settings),
-        "rows": rows.fingerprint,
+        "settings": [dataclasses.asdict(job.settings) for job in jobs],
+        "rows": [job.rows.fingerprint for job in jobs],
         "precision": str(world.autocast),
     }
-    state = initial_state(rows, settings, scale, world)
+    identity = {name: _plain(value) for name, value in identity.items()}
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, identity)
 
     def save() -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and world.is_first:
             state.save(checkpoint, identity)
             log.checkpoint(state.step, checkpoint)
+        world.barrier()
 
-    with interrupts_held() as interrupted:
-        while state.step < steps:
-            batch = rows.batch(state.step, settings.batch_size, settings.seed).to(world.device) / scale
-            mse, loss = train_step(state, batch, settings, steps, world)
-            if state.step % LOG_EVERY == 0 or state.step == steps:
-                log.step(_facts(state, mse, loss, settings, steps, checkpoint))
-            if state.step % settings.checkpoint_every == 0 or state.step == steps or interrupted():
+    with interrupts_held() as asked:
+        while state.step < state.plateau.last:
+            lost = training.step([training.batch(source, state.step) for source in range(len(training.sources))])
+            if state.step % LOG_EVERY == 0 or state.step == state.plateau.last:
+                told = training.facts(lost, checkpoint)
+                state.plateau.look(state.step, min(facts.fve for facts in told))
+                for facts in told:
+                    log.step(facts)
+            interrupted = world.any(asked())
+            if state.step % shared.checkpoint_every == 0 or state.step == state.plateau.last or interrupted:
                 save()
-            if interrupted():
+            if interrupted:
                 raise KeyboardInterrupt
     log.done(state.step)
-    return TrainedSAE(sae=state.sae.scaled(scale), settings=settings, steps=steps, rows=rows.fingerprint)
+    return training.finished()
 
 
-def train_step(
-    state: TrainingState, batch: Float[Tensor, "batch d_in"], settings: SAESettings, steps: int, world: World
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """One step in place; returns the share of variance left unexplained, and the loss."""
-    sae = state.sae
-    with world.compute():
-        codes = encode_topk(batch, sae.W_enc, sae.b_enc, sae.b_dec, sae.config.k)
-    reconstruction = decode_codes(codes, sae.W_dec) + sae.b_dec
-    mse = reconstruction_mse(batch, reconstruction) / sae.config.d_in  # of rows with mean square d_in
-    loss = mse
-    dead = (state.silent_rows > settings.dead_after_rows).nonzero()[:, 0]  # waits for the device
-    if len(dead):
-        error = (batch - reconstruction).detach()
-        error_hat = reconstruct_with(sae, dead, batch, settings.aux_k, world)
-        loss = mse + settings.aux_coefficient * auxk_loss(error, error_hat)
-    loss.backward()
-    _update(state, learning_rate(state.step / steps, settings))
-    state.silent_rows = (state.silent_rows + len(batch)).masked_fill(codes.firings > 0, 0)
-    state.step += 1
-    return mse.detach(), loss.detach()
+def train_dictionary(
+    rows: RowSource, settings: SAESettings, *, world: World, log: Log | None = None, checkpoint: Path | None = None
+) -> TrainedSAE:
+    """The dictionary of `settings` for `rows`, as `train` makes it."""
+    return train([Job(rows, settings)], world=world, log=log, checkpoint=checkpoint)[0]
 
 
-def reconstruct_with(
-    sae: TopKSAE, features: Int[Tensor, " chosen"], x: Float[Tensor, "row d_in"], k: int, world: World
-) -> Float[Tensor, "row d_in"]:
-    """What the `k` strongest of `features` alone make of each row, without b_dec."""
-    with world.compute():
-        codes = encode_topk(x, sae.W_enc[:, features], sae.b_enc[features], sae.b_dec, min(k, len(features)))
-    return decode_codes(codes, sae.W_dec[features])
+def _plain(value: object) -> object:
+    """As it comes back from JSON."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def initial_state(rows: RowSource, settings: SAESettings, scale: float, world: World) -> TrainingState:
-    """The state before the first step, fixed by the settings' seed and the rows."""
-    if settings.rows < settings.batch_size:
-        raise InputError(f"{settings.rows} rows do not fill a batch of {settings.batch_size}; raise --rows")
-    sae = TopKSAE(TopKConfig(d_in=rows.d_in, d_sae=settings.d_sae, k=settings.k))
-    directions = torch.randn(settings.d_sae, rows.d_in, generator=generator(settings.seed, 1))
-    with torch.no_grad():
-        sae.b_dec.copy_(rows.mean / scale)
-        sae.W_dec.copy_(normalize(directions, dim=1))
-        sae.W_enc.copy_(sae.W_dec.T)
-        first = rows.batch(0, settings.batch_size, settings.seed) / scale
-        sae.W_enc.mul_(_best_multiple(first - sae.b_dec, sae(first) - sae.b_dec))
-    sae.to(world.device)
-    optimiser = torch.optim.Adam(sae.parameters(), lr=settings.lr, eps=_ADAM_EPS, fused=True)
-    return TrainingState(sae, optimiser, torch.zeros(settings.d_sae, dtype=torch.long, device=world.device))
-
-
-def learning_rate(progress: float, settings: SAESettings) -> float:
-    """The rate at `progress` from 0 to 1 through the run: up over `warmup`, down to zero over `decay`."""
-    rise = (progress + 1e-3) / (settings.warmup + 1e-3)
-    fall = (1 - progress) / settings.decay if settings.decay else 1.0
-    return settings.lr * min(1.0, rise, fall)
-
-
-@torch.no_grad()
-def _update(state: TrainingState, lr: float) -> None:
-    """Adam on decoder rows of norm one: no gradient along a row, and each row back to norm one."""
-    W_dec = state.sae.W_dec
-    W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
-    torch.nn.utils.clip_grad_norm_(state.sae.parameters(), _MAX_GRADIENT_NORM)
-    for group in state.optimiser.param_groups:
-        group["lr"] = lr
-    state.optimiser.step()
-    state.optimiser.zero_grad()
-    W_dec.copy_(normalize(W_dec, dim=1))
+def _check(jobs: Sequence[Job], world: World) -> None:
+    shared = jobs[0].settings
+    for job in jobs:
+        settings = job.settings
+        if settings.architecture not in ARCHITECTURES:
+            raise InputError(f"no architecture {settings.architecture!r}; choose one of {', '.join(ARCHITECTURES)}")
+        if not 1 <= settings.k <= settings.d_sae:
+            raise InputError(f"k is {settings.k} and d_sae {settings.d_sae}; a dictionary needs 1 <= k <= d_sae")
+        other = [name for name in _SHARED if getattr(settings, name) != getattr(shared, name)]
+        if other:
+            raise InputError(f"dictionaries learned together share {', '.join(other)}; run these one after another")
+    if shared.rows < shared.batch_size:
+        raise InputError(f"{shared.rows} rows do not fill a batch of {shared.batch_size}; raise --rows")
+    if shared.batch_size % world.size:
+        raise InputError(f"a batch of {shared.batch_size} rows cannot be shared evenly by {world.size} processes")
 
 
 def _scale(rows: RowSource) -> float:
@@ -187,29 +229,3 @@ def _scale(rows: RowSource) -> float:
             f"a dictionary needs rows that are finite and differ: rebuild the cache"
         )
     return math.sqrt(rows.mean_square / rows.d_in)
-
-
-def _best_multiple(target: Float[Tensor, "row d_in"], guess: Float[Tensor, "row d_in"]) -> float:
-    """The a that makes a * guess closest to target."""
-    return float((target * guess).sum() / guess.square().sum())
-
-
-def _facts(
-    state: TrainingState,
-    mse: Float[Tensor, ""],
-    loss: Float[Tensor, ""],
-    settings: SAESettings,
-    steps: int,
-    checkpoint: Path | None,
-) -> StepFacts:
-    value = float(loss)
-    if not math.isfinite(value):
-        raise NotFiniteError(f"the loss is {value} at step {state.step}; {last_good(checkpoint)}")
-    return StepFacts(
-        step=state.step,
-        steps=steps,
-        loss=value,
-        fve=1 - float(mse),
-        dead=float((state.silent_rows > settings.dead_after_rows).double().mean()),
-        lr=learning_rate((state.step - 1) / steps, settings),
-    )

@@ -1,31 +1,23 @@
-"""The sparse products equal their dense forms, gradients included, and repeat to the byte."""
+"""The sparse products equal their dense forms in float64, gradients included; the compiled ones equal torch's."""
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sae_steer.runtime import World, generator
-from sae_steer.sae.architectures import TopKConfig, TopKSAE
-from sae_steer.sae.kernels import SLAB, Support, decode_codes, encode_topk, select_topk, selected_dots
-from sae_steer.sae.losses import auxk_loss, reconstruction_mse
-from sae_steer.sae.training import reconstruct_with
+from sae_steer.sae import compiled, kernels
+from sae_steer.sae.architectures import SLAB
+from sae_steer.sae.kernels import Part, RowCodes
 
 ROWS, D_IN, D_SAE = 50, 12, 24
+WORLD = World.local(precision="float32", device="cpu")
 
 
-@pytest.fixture
-def leaves() -> list[Tensor]:
-    """x, W_enc, b_enc, W_dec, b_dec in float64."""
-    shapes = [(ROWS, D_IN), (D_IN, D_SAE), (D_SAE,), (D_SAE, D_IN), (D_IN,)]
-    return [
-        torch.randn(shape, dtype=torch.float64, generator=generator(0, i)).requires_grad_()
-        for i, shape in enumerate(shapes)
-    ]
-
-
-def dense_codes(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, k: int) -> Tensor:
-    top = ((x - b_dec) @ W_enc + b_enc).topk(k, dim=1)
-    return torch.zeros(len(x), W_enc.shape[1], dtype=x.dtype).scatter(1, top.indices, top.values.relu())
+def leaves(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, W_enc by rows, b_enc, W_dec, b_dec."""
+    shapes = [(ROWS, D_IN), (D_SAE, D_IN), (D_SAE,), (D_SAE, D_IN), (D_IN,)]
+    return [torch.randn(shape, dtype=dtype, generator=generator(0, i)) for i, shape in enumerate(shapes)]
 
 
 def whole_numbers(*shape: int, seed: int) -> Tensor:
@@ -33,84 +25,99 @@ def whole_numbers(*shape: int, seed: int) -> Tensor:
     return torch.randint(-2, 3, shape, generator=generator(seed)).float()
 
 
-@pytest.mark.parametrize("k", [1, 5, 20])
-def test_gradients_equal_the_dense_form(leaves: list[Tensor], k: int) -> None:
-    x, W_enc, b_enc, W_dec, b_dec = leaves
-    sparse = decode_codes(encode_topk(x, W_enc, b_enc, b_dec, k), W_dec) + b_dec
-    dense = dense_codes(x, W_enc, b_enc, b_dec, k) @ W_dec + b_dec
-    torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-12)
-    ours = torch.autograd.grad(reconstruction_mse(x, sparse), leaves)
-    theirs = torch.autograd.grad(reconstruction_mse(x, dense), leaves)
-    for mine, reference in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+def dense_codes(pre: Tensor, codes: RowCodes) -> Tensor:
+    """Pre-activations at the chosen places, zero elsewhere."""
+    chosen = torch.zeros(pre.shape, dtype=torch.bool)
+    chosen = chosen.scatter(1, codes.indices.long(), True)  # slots past the count are cut by their value below
+    used = torch.zeros_like(pre).scatter_add(1, codes.indices.long(), codes.values)
+    return pre * (chosen & (used > 0))
 
 
-def test_dead_features_loss_has_the_dense_gradient_and_reaches_the_encoder(leaves: list[Tensor]) -> None:
-    x = leaves[0].detach()
-    sae = TopKSAE(TopKConfig(d_in=D_IN, d_sae=D_SAE, k=3, dtype="float64"))
-    for name, leaf in zip(("W_enc", "b_enc", "W_dec", "b_dec"), leaves[1:], strict=True):
-        getattr(sae, name).data.copy_(leaf.detach())
-    dead = torch.tensor([1, 4, 5, 9, 20, 23])
-    error = x - sae(x)
-    world = World.local(precision="float32", device="cpu")
-    auxk_loss(error, reconstruct_with(sae, dead, x, 4, world)).backward()
+@pytest.mark.parametrize("prefixes", [[D_SAE], [3, 10, D_SAE]])
+@pytest.mark.parametrize("with_dead", [False, True])
+def test_gradients_equal_the_dense_form(prefixes: list[int], with_dead: bool) -> None:
+    x, W_enc, b_enc, W_dec, b_dec = leaves()
+    bias = b_enc - W_enc @ b_dec
+    codes = kernels.select_topk(x, W_enc, bias, 5)
+    fit = kernels.reconstruct(x, W_dec, b_dec, codes, prefixes, 2.0)
+    parts, dead, weight = [Part(codes, fit)], torch.tensor([1, 4, 5, 9, 20, 23]), 0.7
+    error = -fit.errors[-1] / 2.0
+    if with_dead:
+        revived = kernels.select_topk(x, W_enc[dead], bias[dead], 4)
+        aux = kernels.reconstruct(error, W_dec[dead], torch.zeros_like(b_dec), revived, [len(dead)], 2 * weight)
+        parts.append(Part(revived, aux, dead))
+    found = kernels.feature_gradients(x, b_dec, parts, prefixes, D_SAE)
 
-    W_enc, b_enc, W_dec, b_dec = leaves[1:]
-    f = dense_codes(x, W_enc[:, dead], b_enc[dead], b_dec, 4)
-    auxk_loss(error, f @ W_dec[dead]).backward()
-    for name, reference in (("W_enc", W_enc), ("b_enc", b_enc), ("W_dec", W_dec), ("b_dec", b_dec)):
-        torch.testing.assert_close(getattr(sae, name).grad, reference.grad, rtol=1e-12, atol=1e-12)
-    assert sae.W_enc.grad[:, dead].abs().sum() > 0
-    alive = [j for j in range(D_SAE) if j not in dead]
-    assert torch.equal(sae.W_enc.grad[:, alive], torch.zeros(D_IN, len(alive), dtype=torch.float64))
-
-
-@pytest.mark.parametrize("rows", [0, 1, SLAB, 2 * SLAB + 7])
-def test_selection_is_exact_where_values_tie_and_however_many_slabs(rows: int) -> None:
-    x, W_enc, b_enc = whole_numbers(rows, 4, seed=1), whole_numbers(4, 30, seed=2), whole_numbers(30, seed=3)
-    values, support = select_topk(x, W_enc, b_enc, 7)
-    preactivations = x @ W_enc + b_enc
-    assert torch.equal(values.sort(1).values, preactivations.topk(7, dim=1).values.sort(1).values)
-    assert torch.equal(values, preactivations.gather(1, support.indices))
-    in_order = support.indices.sort(1).values
-    assert bool((in_order[:, 1:] > in_order[:, :-1]).all()), "a feature was selected twice"
-
-
-def test_sums_by_feature_equal_a_dense_product() -> None:
-    indices = torch.randint(D_SAE, (ROWS, 4), generator=generator(5))
-    weights, rows = whole_numbers(ROWS, 4, seed=6), whole_numbers(ROWS, D_IN, seed=7)
-    dense = torch.zeros(ROWS, D_SAE).scatter_add(1, indices, weights)
-    support = Support(indices, D_SAE)
-    assert torch.equal(support.sum_rows(rows, weights), dense.T @ rows)
-    assert torch.equal(support.sum_weights(weights), dense.sum(0))
+    params = [tensor.clone().requires_grad_() for tensor in (W_enc, b_enc, W_dec, b_dec)]
+    W_enc_, b_enc_, W_dec_, b_dec_ = params
+    pre = (x - b_dec_) @ W_enc_.T + b_enc_
+    f = dense_codes(pre, codes)
+    loss = sum((x - f[:, :end] @ W_dec_[:end] - b_dec_).square().sum() for end in prefixes)
+    if with_dead:
+        f_dead = dense_codes(pre[:, dead], revived)
+        loss = loss + weight * (error - f_dead @ W_dec_[dead]).square().sum()
+    expected = torch.autograd.grad(loss, params)
+    grad_b_dec = fit.errors[0].sum(0) - found.b_enc @ W_enc
+    for mine, reference in zip((found.W_enc, found.b_enc, found.W_dec, grad_b_dec), expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-11, atol=1e-11)
+    if with_dead:
+        assert f_dead.abs().sum() > 0, "nothing was revived, so nothing was tested"
 
 
-def test_selected_dots_are_the_dots() -> None:
-    indices = torch.randint(D_SAE, (ROWS, 4), generator=generator(5))
-    rows, table = whole_numbers(ROWS, D_IN, seed=6), whole_numbers(D_SAE, D_IN, seed=7)
-    assert torch.equal(selected_dots(rows, table, indices), (rows @ table.T).gather(1, indices))
+@pytest.mark.parametrize("engine", [kernels, compiled])
+@pytest.mark.parametrize("rows", [0, 1, SLAB + 7])
+def test_selection_is_exact_where_values_tie_and_however_many_slabs(engine, rows: int) -> None:
+    x, W, bias = whole_numbers(rows, 4, seed=1), whole_numbers(600, 4, seed=2), whole_numbers(600, seed=3)
+    codes = engine.select_topk(x.bfloat16(), W.bfloat16(), bias.bfloat16(), 40)
+    pre = x @ W.T + bias
+    keys = pre.double() * 1000 - torch.arange(600)  # of equal values the lowest index
+    chosen = torch.zeros(pre.shape, dtype=torch.bool).scatter(1, keys.topk(40, dim=1).indices, True)
+    assert torch.equal(dense_codes(pre, codes), pre.relu() * chosen)
 
 
-def test_firings_count_values_above_zero(random_sae: TopKSAE) -> None:
-    codes = random_sae.encode(torch.randn(200, 16, generator=generator(1)))
-    assert torch.equal(codes.firings, (codes.dense() > 0).sum(0))
+@pytest.mark.parametrize("engine", [kernels, compiled])
+def test_codes_above_their_floors_are_all_of_them(engine) -> None:
+    x, W, bias = (tensor.float() for tensor in (leaves()[0], leaves()[1], leaves()[2]))
+    floor = 2 * torch.randn(D_SAE, generator=generator(4))
+    codes = (
+        engine.select_above(x, W, bias, floor) if engine is kernels else engine.select_above(x, W, bias, floor, width=2)
+    )
+    pre = torch.addmm(bias, x, W.T)
+    expected = pre * (pre > floor.clamp_min(0))
+    got = torch.zeros_like(pre).scatter_add(1, codes.indices.long(), codes.values)
+    torch.testing.assert_close(got, expected)
+    least = kernels.nth_largest(codes.values, 30, WORLD)
+    assert float(least) == float(expected.flatten().topk(30).values[-1])
+    kept = engine.at_least(codes, least)
+    assert int((kept.values > 0).sum()) == 30
+    assert float(kernels.nth_largest(codes.values, 10**6, WORLD)) == 0
 
 
-def test_the_same_batch_gives_the_same_bytes() -> None:
-    x = torch.randn(600, 32, generator=generator(1))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        runs = []
-        for _ in range(3):
-            sae = TopKSAE(TopKConfig(d_in=32, d_sae=256, k=8))
-            for number, weight in enumerate(sae.parameters()):
-                weight.data.normal_(generator=generator(2, number))
-            with torch.autocast("cpu", torch.bfloat16):
-                codes = encode_topk(x, sae.W_enc, sae.b_enc, sae.b_dec, 8)
-            reconstruction_mse(x, decode_codes(codes, sae.W_dec) + sae.b_dec).backward()
-            runs.append([weight.grad for weight in sae.parameters()])
-    finally:
-        torch.set_num_threads(threads)
-    for again in runs[1:]:
-        assert all(torch.equal(first, second) for first, second in zip(runs[0], again, strict=True))
+@pytest.mark.parametrize("prefixes", [[D_SAE], [3, 10, D_SAE]])
+def test_compiled_products_equal_torchs(prefixes: list[int]) -> None:
+    x, W_enc, b_enc, W_dec, b_dec = leaves(torch.float32)
+    W_dec, bias, dead = normalize(W_dec, dim=1), b_enc - W_enc @ b_dec, torch.tensor([1, 4, 5, 9, 20, 23])
+    results = []
+    for engine in (kernels, compiled):
+        codes = kernels.select_topk(x, W_enc, bias, 5)
+        fit = engine.reconstruct(x, W_dec, b_dec, codes, prefixes, 0.01)
+        revived = kernels.select_topk(x, W_enc[dead], bias[dead], 4)
+        aux = engine.reconstruct(x, W_dec[dead], torch.zeros_like(b_dec), revived, [len(dead)], 0.02)
+        results.append((fit, [Part(codes, fit), Part(revived, aux, dead)]))
+    for name in ("errors", "slopes", "squared_errors"):
+        torch.testing.assert_close(getattr(results[1][0], name), getattr(results[0][0], name), rtol=1e-4, atol=1e-5)
+
+    found = kernels.feature_gradients(x, b_dec, results[0][1], prefixes, D_SAE)
+    weights = (W_enc.clone(), W_dec.clone(), torch.empty(D_SAE, D_IN, dtype=torch.bfloat16))
+    moments = tuple(torch.zeros(D_SAE, D_IN) for _ in range(4))
+    b, fired, through = compiled.step_features(x, b_dec, results[1][1], prefixes, weights, moments, (0.01, 1e-9, 1.0))
+    torch.testing.assert_close(b, found.b_enc, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(through, found.b_enc @ W_enc, rtol=1e-4, atol=1e-5)
+    assert torch.equal(fired.float(), found.fired)
+    across = found.W_dec - (found.W_dec * W_dec).sum(1, keepdim=True) * W_dec
+    torch.testing.assert_close(moments[0], 0.1 * found.W_enc, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(moments[2], 0.1 * across, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights[1].norm(dim=1), torch.ones(D_SAE))
+    assert torch.equal(weights[2], weights[0].bfloat16())
+    step = 0.01 * moments[0] / (moments[1].sqrt() + 1e-9)
+    torch.testing.assert_close(weights[0], W_enc - step)

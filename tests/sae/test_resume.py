@@ -17,7 +17,7 @@ from sae_steer.errors import StaleError, SteerError
 from sae_steer.runtime import World, read_tensors
 from sae_steer.sae.architectures import TopKSAE
 from sae_steer.sae.log import Quiet, StepFacts
-from sae_steer.sae.training import train_topk
+from sae_steer.sae.training import train_dictionary
 from sae_steer.settings import SAESettings
 
 
@@ -48,7 +48,7 @@ def raise_error() -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(planted, short: SAESettings, world: World) -> TopKSAE:
-    return train_topk(planted, short, world=world).sae
+    return train_dictionary(planted, short, world=world).sae
 
 
 @pytest.mark.parametrize("at", [10, 20, 30])
@@ -57,26 +57,29 @@ def test_stopped_and_resumed_equals_uninterrupted(
 ) -> None:
     path = tmp_path / "state.safetensors"
     with pytest.raises(RuntimeError, match="killed here"):
-        train_topk(planted, short, world=world, checkpoint=path, log=StopAt(at, raise_error))
-    assert_same_weights(train_topk(planted, short, world=world, checkpoint=path).sae, uninterrupted)
+        train_dictionary(planted, short, world=world, checkpoint=path, log=StopAt(at, raise_error))
+    assert_same_weights(train_dictionary(planted, short, world=world, checkpoint=path).sae, uninterrupted)
 
 
-def test_ctrl_c_waits_for_its_step_and_leaves_a_checkpoint(
-    planted, short: SAESettings, world: World, tmp_path: Path, uninterrupted: TopKSAE
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_wait_for_their_step_and_leave_a_checkpoint(
+    number, planted, short: SAESettings, world: World, tmp_path: Path, uninterrupted: TopKSAE
 ) -> None:
     path = tmp_path / "state.safetensors"
     rare = replace(short, checkpoint_every=1000)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
-        train_topk(planted, rare, world=world, checkpoint=path, log=StopAt(20, press_ctrl_c))
-    assert signal.getsignal(signal.SIGINT) is before
+        train_dictionary(
+            planted, rare, world=world, checkpoint=path, log=StopAt(20, lambda: signal.raise_signal(number))
+        )
+    assert signal.getsignal(number) is before
     assert read_tensors(path)[1]["step"] == 20
-    assert_same_weights(train_topk(planted, rare, world=world, checkpoint=path).sae, uninterrupted)
+    assert_same_weights(train_dictionary(planted, rare, world=world, checkpoint=path).sae, uninterrupted)
 
 
 def test_ctrl_c_without_a_checkpoint_still_stops(planted, short: SAESettings, world: World) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train_topk(planted, short, world=world, log=StopAt(10, press_ctrl_c))
+        train_dictionary(planted, short, world=world, log=StopAt(10, press_ctrl_c))
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
@@ -92,37 +95,37 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
         monkeypatch.setattr("safetensors.torch.save_file", half_written)
 
     with pytest.raises(RuntimeError, match="killed here"):
-        train_topk(planted, short, world=world, checkpoint=path, log=StopAt(30, break_saving))
+        train_dictionary(planted, short, world=world, checkpoint=path, log=StopAt(30, break_saving))
     monkeypatch.undo()
     assert read_tensors(path)[1]["step"] == 20
-    assert_same_weights(train_topk(planted, short, world=world, checkpoint=path).sae, uninterrupted)
+    assert_same_weights(train_dictionary(planted, short, world=world, checkpoint=path).sae, uninterrupted)
 
 
 def test_a_finished_checkpoint_is_the_finished_dictionary(
     planted, short: SAESettings, world: World, tmp_path: Path, uninterrupted: TopKSAE
 ) -> None:
     path = tmp_path / "state.safetensors"
-    train_topk(planted, short, world=world, checkpoint=path)
-    again = train_topk(planted, short, world=world, checkpoint=path, log=StopAt(10, raise_error))
+    train_dictionary(planted, short, world=world, checkpoint=path)
+    again = train_dictionary(planted, short, world=world, checkpoint=path, log=StopAt(10, raise_error))
     assert_same_weights(again.sae, uninterrupted)
 
 
 def test_a_checkpoint_of_another_run_is_refused(planted, planted_rows, short, world, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
-    train_topk(planted, short, world=world, checkpoint=path)
+    train_dictionary(planted, short, world=world, checkpoint=path)
     with pytest.raises(StaleError, match="other settings"):
-        train_topk(planted, replace(short, lr=2e-2), world=world, checkpoint=path)
+        train_dictionary(planted, replace(short, lr=2e-2), world=world, checkpoint=path)
     with pytest.raises(StaleError, match="other rows"):
-        train_topk(planted_rows(fingerprint="else"), short, world=world, checkpoint=path)
+        train_dictionary(planted_rows(fingerprint="else"), short, world=world, checkpoint=path)
     with pytest.raises(StaleError, match="other precision"):
-        train_topk(planted, short, world=World.local(precision="bfloat16", device="cpu"), checkpoint=path)
+        train_dictionary(planted, short, world=World.local(precision="bfloat16", device="cpu"), checkpoint=path)
 
 
 def test_a_torn_file_is_named_in_one_line(planted, short: SAESettings, world: World, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     path.write_bytes(b"half a checkpoint")
     with pytest.raises(SteerError, match="not a whole checkpoint"):
-        train_topk(planted, short, world=world, checkpoint=path)
+        train_dictionary(planted, short, world=world, checkpoint=path)
 
 
 SLOW_RUN = """
@@ -131,14 +134,14 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import PlantedRows
 from sae_steer.runtime import World
-from sae_steer.sae.training import train_topk
+from sae_steer.sae.training import train_dictionary
 from sae_steer.settings import SAESettings
 
 rows = PlantedRows()
 batch = rows.batch
 rows.batch = lambda *arguments: (time.sleep(0.05), batch(*arguments))[1]
 world = World.local(precision="float32", device="cpu")
-train_topk(rows, {settings!r}, world=world, checkpoint=Path({path!r}))
+train_dictionary(rows, {settings!r}, world=world, checkpoint=Path({path!r}))
 """
 
 
@@ -158,4 +161,4 @@ def test_kill_9_then_again_equals_uninterrupted(
         process.wait()
     assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
     assert read_tensors(path)[1]["step"] < 40
-    assert_same_weights(train_topk(planted, short, world=world, checkpoint=path).sae, uninterrupted)
+    assert_same_weights(train_dictionary(planted, short, world=world, checkpoint=path).sae, uninterrupted)

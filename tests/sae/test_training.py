@@ -11,7 +11,8 @@ from sae_steer.errors import InputError, NotFiniteError
 from sae_steer.runtime import World, generator
 from sae_steer.sae.evaluation import evaluate
 from sae_steer.sae.log import Quiet, StepFacts, jsonl_log
-from sae_steer.sae.training import TrainedSAE, initial_state, learning_rate, train_step, train_topk
+from sae_steer.sae.schedule import Plateau, codes_a_row, learning_rate
+from sae_steer.sae.training import Job, TrainedSAE, Training, train, train_dictionary
 from sae_steer.settings import SAESettings
 
 
@@ -26,7 +27,7 @@ class Kept(Quiet):
 @pytest.fixture(scope="module")
 def trained(planted, world: World) -> TrainedSAE:
     settings = SAESettings(d_sae=128, k=8, rows=300_000, batch_size=512, lr=1e-2, precision="float32")
-    return train_topk(planted, settings, world=world)
+    return train_dictionary(planted, settings, world=world)
 
 
 def test_a_planted_dictionary_is_recovered(trained: TrainedSAE, planted) -> None:
@@ -45,25 +46,10 @@ def test_decoder_rows_have_norm_one(trained: TrainedSAE) -> None:
     torch.testing.assert_close(trained.sae.W_dec.norm(dim=1), torch.ones(128))
 
 
-def test_the_decoders_gradient_has_no_part_along_its_rows(planted, short: SAESettings, world: World) -> None:
-    state = initial_state(planted, short, 1.0, world)
-    state.optimiser.step = lambda: seen.append((state.sae.W_dec.grad * state.sae.W_dec).sum(1).abs().max())
-    seen: list[torch.Tensor] = []
-    train_step(state, planted.batch(0, 128, 0), short, 40, world)
-    assert float(seen[0].detach()) < 1e-6
-
-
-def test_the_first_reconstruction_starts_at_its_best_multiple(planted, short, world: World) -> None:
-    sae = initial_state(planted, short, 1.0, world).sae
-    x = planted.batch(0, short.batch_size, short.seed)
-    centred, guess = x - sae.b_dec, sae(x) - sae.b_dec
-    torch.testing.assert_close((centred * guess).sum(), guess.square().sum(), rtol=1e-3, atol=0)
-
-
 def test_the_same_seed_gives_the_same_weights(planted, short: SAESettings, world: World) -> None:
-    first, again = (train_topk(planted, short, world=world).sae.state_dict() for _ in range(2))
+    first, again = (train_dictionary(planted, short, world=world).sae.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
-    other = train_topk(planted, replace(short, seed=1), world=world).sae.state_dict()
+    other = train_dictionary(planted, replace(short, seed=1), world=world).sae.state_dict()
     assert not torch.equal(first["W_dec"], other["W_dec"])
 
 
@@ -71,7 +57,7 @@ def test_training_on_larger_rows_gives_the_same_directions(planted, planted_rows
     larger = planted_rows()
     larger.batch = lambda *arguments: 4 * planted.batch(*arguments)
     larger.mean, larger.mean_square = 4 * planted.mean, 16 * planted.mean_square
-    small, large = (train_topk(rows, short, world=world).sae for rows in (planted, larger))
+    small, large = (train_dictionary(rows, short, world=world).sae for rows in (planted, larger))
     assert torch.equal(small.W_dec, large.W_dec)
     assert torch.equal(4 * small.b_dec, large.b_dec)
 
@@ -90,8 +76,8 @@ def test_features_die_and_the_auxiliary_loss_revives_them(planted_rows, world: W
         precision="float32",
     )
     with_aux, without = Kept(), Kept()
-    train_topk(rich, settings, world=world, log=with_aux)
-    train_topk(rich, replace(settings, aux_coefficient=0.0), world=world, log=without)
+    train_dictionary(rich, settings, world=world, log=with_aux)
+    train_dictionary(rich, replace(settings, aux_coefficient=0.0), world=world, log=without)
     assert without.facts[-1].dead > 0.2, "nothing died, so nothing was tested"
     assert with_aux.facts[-1].dead < 0.7 * without.facts[-1].dead
 
@@ -108,26 +94,26 @@ def test_a_loss_that_is_not_finite_names_the_step(planted, planted_rows, short, 
     broken.batch = lambda step, *rest: planted.batch(step, *rest) * (float("nan") if step == 24 else 1.0)
     path = tmp_path / "state.safetensors"
     with pytest.raises(NotFiniteError, match="loss is nan at step 30; the last good checkpoint is step 20"):
-        train_topk(broken, short, world=world, checkpoint=path)
+        train_dictionary(broken, short, world=world, checkpoint=path)
     with pytest.raises(NotFiniteError, match="no checkpoint before it"):
-        train_topk(broken, short, world=world)
+        train_dictionary(broken, short, world=world)
 
 
 def test_rows_that_do_not_differ_are_refused(planted_rows, short: SAESettings, world: World) -> None:
     constant = planted_rows()
     constant.mean_square = 0.0
     with pytest.raises(NotFiniteError, match=r"mean squared distance from their mean is 0\.0"):
-        train_topk(constant, short, world=world)
+        train_dictionary(constant, short, world=world)
 
 
 def test_fewer_rows_than_a_batch_is_an_error(planted, short: SAESettings, world: World) -> None:
     with pytest.raises(InputError, match="100 rows do not fill a batch of 128"):
-        train_topk(planted, replace(short, rows=100), world=world)
+        train_dictionary(planted, replace(short, rows=100), world=world)
 
 
 def test_the_log_file_holds_every_event_and_times_apart(planted, short, world: World, tmp_path) -> None:
     path = tmp_path / "log" / "train.jsonl"
-    train_topk(planted, short, world=world, log=jsonl_log(path), checkpoint=tmp_path / "state.safetensors")
+    train_dictionary(planted, short, world=world, log=jsonl_log(path), checkpoint=tmp_path / "state.safetensors")
     events = [json.loads(line) for line in path.read_text().splitlines()]
     assert [event["step"] for event in events if event["event"] == "step"] == [10, 20, 30, 40]
     assert [event["step"] for event in events if event["event"] == "checkpoint"] == [10, 20, 30, 40]
@@ -141,8 +127,8 @@ def test_provenance_is_plain_json(trained: TrainedSAE) -> None:
 
 def test_bfloat16_products_learn_as_well(planted, short: SAESettings, world: World) -> None:
     settings = replace(short, rows=200 * 128)
-    low = train_topk(planted, replace(settings, precision="bfloat16"), world=World.local(device="cpu")).sae
-    full = train_topk(planted, settings, world=world).sae
+    low = train_dictionary(planted, replace(settings, precision="bfloat16"), world=World.local(device="cpu")).sae
+    full = train_dictionary(planted, settings, world=world).sae
     held_out = [planted.batch(0, 2000, 77)]
     difference = evaluate(low, held_out, world).fve - evaluate(full, held_out, world).fve
     assert abs(difference) < 0.02
@@ -151,3 +137,68 @@ def test_bfloat16_products_learn_as_well(planted, short: SAESettings, world: Wor
 def test_random_rows_are_reproduced_by_their_generator(planted) -> None:
     assert torch.equal(planted.batch(3, 10, 0), planted.batch(3, 10, 0))
     assert generator(1, 2).initial_seed() != generator(2, 1).initial_seed()
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka", "jumprelu"])
+def test_every_architecture_explains_held_out_rows_at_about_k(architecture: str, planted, world: World) -> None:
+    settings = SAESettings(
+        architecture=architecture, d_sae=128, k=4, rows=150_000, batch_size=512, lr=1e-2, precision="float32"
+    )
+    trained = train_dictionary(planted, settings, world=world)
+    assert trained.sae.config.architecture == "jumprelu"
+    metrics = evaluate(trained.sae, [planted.batch(step, 1000, 77) for step in range(5)], world)
+    assert metrics.fve > 0.85
+    assert metrics.l0 == pytest.approx(4, rel=0.15)
+
+
+def test_dictionaries_learned_together_end_as_they_would_alone(planted, planted_rows, short, world: World) -> None:
+    other = planted_rows(features=40)
+    jobs = [
+        Job(planted, short),
+        Job(planted, replace(short, seed=1)),
+        Job(planted, replace(short, k=8, d_sae=64, architecture="batchtopk")),
+        Job(other, short),
+    ]
+    together = train(jobs, world=world)
+    for job, trained in zip(jobs, together, strict=True):
+        alone = train_dictionary(job.rows, job.settings, world=world).sae.state_dict()
+        assert all(torch.equal(alone[name], weight) for name, weight in trained.sae.state_dict().items())
+
+
+def test_dictionaries_that_read_other_batches_are_not_learned_together(planted, short, world: World) -> None:
+    with pytest.raises(InputError, match="share batch_size; run these one after another"):
+        Training([Job(planted, short), Job(planted, replace(short, batch_size=64))], world)
+
+
+def test_k_falls_to_its_value_over_its_warmup() -> None:
+    settings = SAESettings(k=10, k_warmup=0.5)
+    assert [codes_a_row(progress, settings) for progress in (0.0, 0.25, 0.5, 1.0)] == [40, 25, 10, 10]
+    assert codes_a_row(0.0, SAESettings(k=10)) == 10
+
+
+def test_a_plateau_brings_the_decay_forward() -> None:
+    settings = SAESettings(lr=1.0, patience=100 * 2048, decay=0.25)
+    watch = Plateau(settings, 1000)
+    for step in range(0, 700, 10):
+        watch.look(step, min(0.8, step / 100))
+        if watch.end:
+            break
+    assert 150 < step < 500
+    assert watch.last == step + 250
+    assert learning_rate(watch.progress(step), settings) == 1.0
+    assert learning_rate(watch.progress(watch.last), settings) == 0
+    never = Plateau(replace(settings, patience=None), 1000)
+    never.look(900, 0.0)
+    assert never.last == 1000
+
+
+def test_an_exploding_loss_names_the_step(planted, planted_rows, short, world: World) -> None:
+    broken = planted_rows()
+    broken.batch = lambda step, *rest: planted.batch(step, *rest) * (1e6 if step == 29 else 1.0)
+    with pytest.raises(NotFiniteError, match=r"the loss is .* at step 30"):
+        train_dictionary(broken, short, world=world)
+
+
+def test_the_default_rate_falls_with_the_root_of_the_width() -> None:
+    assert SAESettings(d_sae=16384).peak_lr == pytest.approx(SAESettings(d_sae=4096).peak_lr / 2)
+    assert SAESettings(lr=0.1, d_sae=16384).peak_lr == 0.1

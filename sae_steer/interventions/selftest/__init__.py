@@ -1,1 +1,0 @@
-"""How often the verdict is right: the whole protocol on planted pairs, whose truth is measured."""

@@ -1,0 +1,180 @@
+"""The kernels of `kernels` for CPUs, compiled by numba: same results, up to the order of a sum.
+
+`select_topk` is exact and reads each pre-activation once: the maxima of groups of entries give a bound that at
+least k entries reach; the few entries above it are then cut to k. In bfloat16 all comparisons are of 16-bit
+integers, 32 at a time. `step_features` sums a feature's gradients and updates it before it leaves the cache, so
+no gradient of a matrix is ever stored.
+
+Loops run over a range of rows or features without the interpreter's lock, one range a thread; each row and
+feature has one owner, so results do not depend on the number of threads.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae_steer.sae import loops
+from sae_steer.sae.architectures import SLAB
+from sae_steer.sae.kernels import Part, Reconstruction, RowCodes, preactivations
+from sae_steer.sae.kernels import select_topk as torch_select_topk
+
+BLOCK = 64
+"""Features whose parts of the gradient of b_dec are summed together."""
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="sae_steer")
+
+
+def _each(loop, count: int, *arguments) -> None:
+    """Run loop(start, stop, *arguments) over all of `count`, a range a thread of torch's."""
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1:
+        loop(0, count, *arguments)
+        return
+    cuts = [count * part // threads for part in range(threads + 1)]
+    waiting = [_pool(threads).submit(loop, *cuts[part : part + 2], *arguments) for part in range(threads)]
+    for future in waiting:
+        future.result()
+
+
+def _empty_codes(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.zeros(rows, width, dtype=torch.int32),
+        torch.zeros(rows, width),
+        torch.zeros(rows, dtype=torch.int32),
+    )
+
+
+@torch.no_grad()
+def select_topk(
+    x: Float[Tensor, "row d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"], k: int
+) -> RowCodes:
+    """As in `kernels`."""
+    if x.dtype != torch.bfloat16:
+        return torch_select_topk(x, W, bias, k)
+    indices, values, counts = _empty_codes(len(x), k)
+    for start, slab, pre in _slabs(x, W, bias):
+        here = slice(start, start + len(slab))
+        out = (indices[here].numpy(), values[here].numpy(), counts[here].numpy())
+        _each(loops.select_topk, len(slab), pre.view(torch.int16).numpy(), k, *out)
+    return RowCodes(indices, values, counts)
+
+
+def _slabs(x: Tensor, W: Tensor, bias: Tensor):
+    """(first row, rows, their pre-activations) of each slab; the pre-activations live until the next one."""
+    room = torch.empty(min(SLAB, len(x)), len(W), dtype=x.dtype)
+    for start in range(0, len(x), SLAB):
+        slab = x[start : start + SLAB]
+        yield start, slab, torch.addmm(bias, slab, W.T, out=room[: len(slab)])
+
+
+@torch.no_grad()
+def select_above(
+    x: Float[Tensor, "row d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, " d_sae"],
+    floor: Float[Tensor, " d_sae"],
+    width: int = 128,
+) -> RowCodes:
+    """As in `kernels`; `width` slots a row to begin with."""
+    floor = floor.float().clamp_min(0).numpy()
+    indices, values, counts = _empty_codes(len(x), width)
+    for start in range(0, len(x), SLAB):
+        slab = x[start : start + SLAB]
+        pre, here = preactivations(slab, W, bias).float().numpy(), slice(start, start + len(slab))
+        _each(
+            loops.select_above, len(slab), pre, floor, indices[here].numpy(), values[here].numpy(), counts[here].numpy()
+        )
+        most = int(counts[here].max()) if len(slab) else 0
+        if most > indices.shape[1]:
+            indices, values = (_widened(old, most + most // 4) for old in (indices, values))
+            out = (indices[here].numpy(), values[here].numpy(), counts[here].numpy())
+            _each(loops.select_above, len(slab), pre, floor, *out)
+    return RowCodes(indices, values, counts)
+
+
+def _widened(old: Tensor, width: int) -> Tensor:
+    wide = old.new_zeros(len(old), width)
+    wide[:, : old.shape[1]] = old
+    return wide
+
+
+def at_least(codes: RowCodes, least: Float[Tensor, ""]) -> RowCodes:
+    """As in `kernels`; the codes kept move to the front of their rows, in place."""
+    arrays = (codes.indices.numpy(), codes.values.numpy(), codes.counts.numpy())
+    _each(loops.keep_at_least, len(codes.counts), np.float32(least.item()), *arrays)
+    return codes
+
+
+@torch.no_grad()
+def reconstruct(
+    x: Float[Tensor, "row d_in"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    codes: RowCodes,
+    prefixes: list[int],
+    scale: Float[Tensor, ""] | float,
+) -> Reconstruction:
+    """As in `kernels`."""
+    errors = torch.empty(len(prefixes), *x.shape)
+    squares = torch.empty(len(prefixes), len(x))
+    slopes = torch.zeros_like(codes.values)
+    _each(
+        loops.reconstruct, len(x), x.numpy(), W_dec.numpy(), b_dec.numpy(), codes.indices.numpy(),
+        codes.values.numpy(), codes.counts.numpy(), np.array(prefixes, np.int32), np.float32(scale),
+        errors.numpy(), slopes.numpy(), squares.numpy(),
+    )  # fmt: skip
+    return Reconstruction(errors, slopes, squares.sum(1))
+
+
+def _by_feature(part: Part | None, d_sae: int) -> tuple:
+    """Where each feature's codes begin, the codes in features' order, their values, slopes, errors, slots a row."""
+    if part is None:
+        nothing = np.zeros(1, np.float32)
+        empty = np.zeros(d_sae + 1, np.int32), np.zeros(1, np.int32)
+        return *empty, nothing, nothing, nothing[None, None], 1
+    indices, counts = part.codes.indices, part.codes.counts
+    if part.features is not None:
+        indices = part.features.int()[indices.long()]
+    starts, order = np.zeros(d_sae + 1, np.int32), np.empty(indices.numel(), np.int32)
+    loops.sort_by_feature(indices.numpy(), counts.numpy(), starts, order)
+    values, slopes = part.codes.values.flatten().numpy(), part.fit.slopes.flatten().numpy()
+    return starts, order, values, slopes, part.fit.errors.numpy(), indices.shape[1]
+
+
+@torch.no_grad()
+def step_features(
+    x: Float[Tensor, "row d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    parts: list[Part],
+    prefixes: list[int],
+    weights: tuple[Tensor, Tensor, Tensor],
+    moments: tuple[Tensor, Tensor, Tensor, Tensor],
+    rates: tuple[float, float, float],
+) -> tuple[Float[Tensor, " d_sae"], Int[Tensor, " d_sae"], Float[Tensor, " d_in"]]:
+    """Adam on every feature's encoder and decoder row in place, the decoder's back to norm one.
+
+    Args:
+        weights: W_enc by rows, W_dec, and the bfloat16 copy of W_enc (empty where there is none).
+        moments: Adam's first and second of W_enc, and of W_dec.
+        rates: the step's length, epsilon and the correction of the second moment, as `optimiser` gives them.
+
+    Returns the gradient to b_enc, which features fired, and the sum of b_enc's gradient times W_enc.
+    """
+    W_enc, W_dec, low = weights
+    d_sae, blocks = len(W_enc), -(-len(W_enc) // BLOCK)
+    b_enc, fired, through = torch.empty(d_sae), torch.empty(d_sae, dtype=torch.int32), torch.zeros(blocks, x.shape[1])
+    dead = parts[1] if len(parts) > 1 else None
+    _each(
+        loops.step_features, blocks, BLOCK, x.numpy(), b_dec.numpy(), np.array(prefixes, np.int32),
+        *_by_feature(parts[0], d_sae), *_by_feature(dead, d_sae),
+        W_enc.numpy(), W_dec.numpy(), low.view(torch.int16).numpy(), *(moment.numpy() for moment in moments),
+        *map(np.float32, rates), b_enc.numpy(), fired.numpy(), through.numpy(),
+    )  # fmt: skip
+    return b_enc, fired, through.sum(0)

@@ -1,0 +1,246 @@
+"""One dictionary while it is learned: its weights, Adam's moments, its counters, and one step.
+
+A step, for rows x of mean zero and mean square d_in:
+1. Choose the codes: TopK, the k largest of each row; BatchTopK and Matryoshka, the rows x k largest of the batch;
+   JumpReLU, those above their feature's threshold.
+2. Reconstruct, for Matryoshka by each prefix of the features, and take the slope of the loss along each code.
+3. Let the `aux_k` strongest of the dead features reconstruct the error that is left (Gao et al. 2024, A.2). Which
+   features are dead is looked up every `LOOK_EVERY` steps, so that no other step waits for the device.
+4. Adam on all weights; the decoder's gradient has no part along its rows, which stay at norm one.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from sae_steer.runtime import World, generator
+from sae_steer.sae import kernels
+from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, TopKConfig, TopKSAE
+from sae_steer.sae.kernels import FeatureGradients, Part, RowCodes
+from sae_steer.settings import SAESettings
+
+LOOK_EVERY = 10
+"""Steps between two looks at which features are dead, on a device that a look would wait for."""
+
+_BETAS = (0.9, 0.999)
+_ADAM_EPS = 6.25e-10  # Gao et al., appendix A.3: gradients of a mean over 4096 rows are small
+_WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+_THRESHOLD_MEMORY = 0.99
+
+
+@dataclass
+class Learner:
+    """The state of one dictionary, on rows of mean zero and mean square d_in; `W_enc` by rows, as its transpose."""
+
+    settings: SAESettings
+    W_enc: Float[Tensor, "d_sae d_in"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_enc: Float[Tensor, " d_sae"]
+    b_dec: Float[Tensor, " d_in"]
+    threshold: Float[Tensor, " d_sae"]
+    """JumpReLU's; with BatchTopK the running mean of each batch's least code, the same for all; with TopK unused."""
+    silent_rows: Int[Tensor, " d_sae"]
+    """Rows read since each feature last fired."""
+    low: Tensor
+    """W_enc in bfloat16, or empty."""
+    first: dict[str, Tensor] = field(default_factory=dict)
+    second: dict[str, Tensor] = field(default_factory=dict)
+    updates: int = 0
+    dead: Int[Tensor, " dead"] | None = None
+    """The features that took part in the auxiliary loss at the last look; empty for none, None before the first."""
+
+    def __post_init__(self) -> None:
+        for name in _WEIGHTS:
+            self.first.setdefault(name, torch.zeros_like(getattr(self, name)))
+            self.second.setdefault(name, torch.zeros_like(getattr(self, name)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint must hold, by name; what is copied back into them continues the run."""
+        kept = {name: getattr(self, name) for name in (*_WEIGHTS, "silent_rows")}
+        for moment in ("first", "second"):
+            kept |= {f"{moment}.{name}": value for name, value in getattr(self, moment).items()}
+        return kept
+
+    @property
+    def prefixes(self) -> list[int]:
+        """How many features each reconstruction of the loss reads."""
+        d_sae = len(self.W_enc)
+        if self.settings.architecture != "matryoshka":
+            return [d_sae]
+        return sorted({max(1, round(share * d_sae)) for share in self.settings.prefixes} | {d_sae})
+
+    def refresh(self) -> None:
+        """Renew what is derived from the weights, after they were copied in."""
+        if len(self.low):
+            self.low.copy_(self.W_enc)
+
+    def exported(self, mean: Float[Tensor, " d_in"], scale: float) -> LinearSAE:
+        """The dictionary for raw rows, mean and scale folded into its weights."""
+        shape = {"d_in": self.W_enc.shape[1], "d_sae": len(self.W_enc)}
+        if self.settings.architecture == "topk":
+            sae = TopKSAE(TopKConfig(**shape, k=self.settings.k))
+        else:
+            sae = JumpReLUSAE(JumpReLUConfig(**shape))
+        weights = {name: getattr(self, name) for name in ("W_dec", "b_enc", "b_dec", "threshold")}
+        known = sae.state_dict()
+        sae.load_state_dict({"W_enc": self.W_enc.T} | {name: w for name, w in weights.items() if name in known})
+        sae = sae.scaled(scale)
+        sae.b_dec.data += mean.to(sae.b_dec)
+        return sae
+
+
+@torch.no_grad()
+def new_learner(first: Float[Tensor, "row d_in"], settings: SAESettings, world: World) -> Learner:
+    """The state before the first step, fixed by the settings' seed and the standardised first rows.
+
+    W_dec starts at random unit rows, W_enc at the multiple of them that explains the first rows best.
+    """
+    d_in, d_sae = first.shape[1], settings.d_sae
+    W_dec = normalize(torch.randn(d_sae, d_in, generator=generator(settings.seed, 1)), dim=1)
+    sample = first[:1024].cpu()
+    pre = sample @ W_dec.T
+    top = pre.topk(min(settings.k, d_sae), dim=1)
+    guess = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()) @ W_dec
+    W_enc = W_dec * ((sample * guess).sum() / guess.square().sum())
+    floor = (top.values[:, -1] * (sample * guess).sum() / guess.square().sum()).mean().clamp_min(0)
+    device = world.device
+    return Learner(
+        settings=settings,
+        W_enc=W_enc.to(device),
+        W_dec=W_dec.to(device),
+        b_enc=torch.zeros(d_sae, device=device),
+        b_dec=torch.zeros(d_in, device=device),
+        threshold=torch.full((d_sae,), float(floor), device=device),
+        silent_rows=torch.zeros(d_sae, dtype=torch.long, device=device),
+        low=W_enc.to(device, world.autocast) if world.autocast else torch.empty(0, d_in, dtype=torch.bfloat16),
+    )
+
+
+@torch.no_grad()
+def step(
+    learner: Learner, x: Float[Tensor, "row d_in"], low_x: Tensor, k: int, lr: float, world: World
+) -> Float[Tensor, ""]:
+    """One step in place; returns the share of the variance left unexplained by all features, of this batch.
+
+    Args:
+        x: standardised rows, this process's share of the batch.
+        low_x: the same at the precision of the encoder's product.
+        k: codes a row at this step.
+    """
+    engine = _engine(x, world)
+    rows, d_in = len(x) * world.size, x.shape[1]
+    W = learner.low if len(learner.low) else learner.W_enc
+    bias = (learner.b_enc - learner.W_enc @ learner.b_dec).to(W.dtype)
+    codes, near = _choose(learner, low_x, W, bias, k, engine, world)
+    prefixes = learner.prefixes
+    scale = 2 / (rows * d_in * len(prefixes))
+    fit = engine.reconstruct(x, learner.W_dec, learner.b_dec, codes, prefixes, scale)
+    threshold = None if near is None else _threshold_gradient(learner, codes, near, fit.errors[0], rows, world)
+    parts = [Part(codes, fit)]
+    if learner.dead is None or x.device.type == "cpu" or learner.updates % LOOK_EVERY == 0:
+        dead_for = learner.silent_rows > learner.settings.dead_after_rows
+        learner.dead = dead_for.nonzero()[:, 0] if learner.settings.aux_coefficient else dead_for[:0].long()
+    if len(learner.dead):
+        parts.append(_revival(learner, -fit.errors[-1] / scale, low_x, W, bias, engine, world))
+    _update(learner, x, parts, threshold, lr, engine, world)
+    return world.mean(fit.squared_errors[-1] / (len(x) * d_in))
+
+
+def _engine(x: Tensor, world: World):
+    """The compiled kernels where they serve, else torch's."""
+    if x.device.type == "cpu" and x.dtype == torch.float32 and world.size == 1:
+        from sae_steer.sae import compiled
+
+        return compiled
+    return kernels
+
+
+def _choose(learner: Learner, x: Tensor, W: Tensor, bias: Tensor, k: int, engine, world: World):
+    """The codes of the step, and JumpReLU's codes near their thresholds."""
+    architecture = learner.settings.architecture
+    if architecture == "topk":
+        return engine.select_topk(x, W, bias, k), None
+    if architecture == "jumprelu":
+        near = engine.select_above(x, W, bias, learner.threshold - learner.settings.bandwidth / 2)
+        fires = near.values > learner.threshold[near.indices.long()]
+        return near.with_values(near.values * fires), near
+    wanted, floor = k * len(x) * world.size, 0.5 * learner.threshold
+    while True:
+        candidates = engine.select_above(x, W, bias, floor)
+        found = world.sum_(candidates.counts.sum())
+        if int(found) >= wanted or not bool(floor.any()):
+            break
+        floor = torch.zeros_like(floor)
+    least = kernels.nth_largest(candidates.values, wanted, world)
+    memory = _THRESHOLD_MEMORY if learner.updates else 0.0
+    learner.threshold.mul_(memory).add_((1 - memory) * least)
+    return engine.at_least(candidates, least), None
+
+
+def _threshold_gradient(learner: Learner, codes: RowCodes, near: RowCodes, errors: Tensor, rows: int, world: World):
+    """d loss / d threshold by the rectangle kernel (2407.14435, eq. 11 and 12); L0 is drawn to k (its appendix E)."""
+    settings, width = learner.settings, learner.settings.bandwidth
+    indices = near.indices.long()
+    threshold = learner.threshold[indices]
+    inside = ((near.values - threshold).abs() < width / 2) & (near.values > 0)
+    l0 = world.sum_((codes.values > 0).sum().float()) / rows
+    pull = settings.sparsity * 2 * (l0 / settings.k - 1) / (settings.k * rows)
+    slopes = kernels.selected_dots(errors, learner.W_dec, indices)
+    change = -(threshold * slopes + pull) * inside / width
+    return torch.zeros_like(learner.threshold).index_add_(0, indices.flatten(), change.flatten())
+
+
+def _revival(learner: Learner, error: Tensor, x: Tensor, W: Tensor, bias: Tensor, engine, world: World) -> Part:
+    """The dead features' reconstruction of the error x - x_hat, held fixed; lost is a share of the error's variance."""
+    dead, settings = learner.dead, learner.settings
+    codes = engine.select_topk(x, W[dead], bias[dead], min(settings.aux_k, len(dead)))
+    rows = len(error) * world.size
+    mean = world.sum_(error.sum(0)) / rows
+    variance = world.sum_((error - mean).square().sum())
+    scale = 2 * settings.aux_coefficient / variance.clamp_min(1e-30)
+    fit = engine.reconstruct(error, learner.W_dec[dead], torch.zeros_like(learner.b_dec), codes, [len(dead)], scale)
+    return Part(codes, fit, dead)
+
+
+def _update(learner: Learner, x: Tensor, parts: list[Part], threshold: Tensor | None, lr: float, engine, world: World):
+    learner.updates += 1
+    fix = [1 - beta**learner.updates for beta in _BETAS]
+    rates = (lr / fix[0], _ADAM_EPS, 1 / math.sqrt(fix[1]))
+    b_dec = parts[0].fit.errors[0].sum(0)
+    if engine is kernels:
+        found = kernels.feature_gradients(x, learner.b_dec, parts, learner.prefixes, len(learner.W_enc))
+        for gradient in (found.W_enc, found.W_dec, found.b_enc, found.fired, b_dec):
+            world.sum_(gradient)
+        b_enc, fired, through = found.b_enc, found.fired, found.b_enc @ learner.W_enc
+        _adam_matrices(learner, found, rates)
+    else:
+        moments = tuple(kept[name] for name in ("W_enc", "W_dec") for kept in (learner.first, learner.second))
+        weights = (learner.W_enc, learner.W_dec, learner.low)
+        b_enc, fired, through = engine.step_features(x, learner.b_dec, parts, learner.prefixes, weights, moments, rates)
+    _adam(learner, "b_enc", b_enc, rates)
+    _adam(learner, "b_dec", b_dec - through, rates)
+    if threshold is not None:
+        _adam(learner, "threshold", world.sum_(threshold), rates)
+        learner.threshold.clamp_min_(0)
+    learner.silent_rows = (learner.silent_rows + len(x) * world.size).masked_fill_(fired > 0, 0)
+
+
+def _adam_matrices(learner: Learner, found: FeatureGradients, rates: tuple[float, float, float]) -> None:
+    W_dec = learner.W_dec
+    _adam(learner, "W_enc", found.W_enc, rates)
+    _adam(learner, "W_dec", found.W_dec - (found.W_dec * W_dec).sum(1, keepdim=True) * W_dec, rates)
+    W_dec.copy_(normalize(W_dec, dim=1))
+    learner.refresh()
+
+
+def _adam(learner: Learner, name: str, gradient: Tensor, rates: tuple[float, float, float]) -> None:
+    """Adam as in `loops`: the step's length and the second moment corrected for their start at zero."""
+    length, eps, correction = rates
+    first, second = learner.first[name], learner.second[name]
+    first.lerp_(gradient, 1 - _BETAS[0])
+    second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
+    getattr(learner, name).addcdiv_(first, (second.sqrt() * correction).add_(eps), value=-length)

@@ -1,0 +1,278 @@
+"""The compiled loops behind `compiled`: plain arrays in, plain arrays filled; nothing here knows torch.
+
+Every loop takes the first and last row, or feature, it is to do.
+"""
+
+from inspect import unwrap
+
+import numpy as np
+from numba import njit
+
+_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
+_REORDERED = {"reassoc", "contract", "nsz", "arcp"}  # sums may be cut into lanes; NaN and infinity keep their meaning
+
+
+def _compiled(**options):
+    """`njit` of the function as written, without the shape checks that tests wrap around every function."""
+    return lambda function: njit(**_OPTIONS, **options)(unwrap(function))
+
+
+@_compiled()
+def _bound(ordered, count, k):
+    """The largest v >= 1 that at least k of the first `count` entries reach, or 1; one bit of v a round."""
+    low = np.int16(0)
+    for bit in range(14, -1, -1):
+        tried = np.int16(low | (1 << bit))
+        above = np.int32(0)
+        for j in range(count):
+            above += np.int32(ordered[j] >= tried)
+        if above >= k:
+            low = tried
+    return max(low, np.int16(1))
+
+
+@_compiled()
+def select_topk(start, stop, pre, k, indices, values, counts):
+    """The k largest entries above zero of bfloat16 rows given as int16 bits; the lowest index among equals.
+
+    Positive bfloat16 numbers order as their bits do, and negative ones are below zero as integers too.
+    """
+    d_sae = pre.shape[1]
+    lanes = min(d_sae, max(512, 8 * k))
+    maxima = np.empty(lanes, np.int16)
+    kept, where = np.empty(d_sae, np.int16), np.empty(d_sae, np.int32)
+    for n in range(start, stop):
+        row = pre[n]
+        for j in range(lanes):
+            maxima[j] = row[j]
+        for first in range(lanes, d_sae, lanes):
+            for j in range(min(lanes, d_sae - first)):
+                maxima[j] = max(maxima[j], row[first + j])
+        bound = _bound(maxima, lanes, k)
+        found = 0
+        for j in range(lanes):
+            if maxima[j] >= bound:
+                for i in range(j, d_sae, lanes):
+                    if row[i] >= bound:
+                        kept[found], where[found] = row[i], i
+                        found += 1
+        counts[n] = _cut_to_k(kept, where, found, k, d_sae, indices[n])
+        for i in range(counts[n]):
+            bits = np.uint32(np.uint16(row[indices[n, i]])) << np.uint32(16)
+            values[n, i] = np.uint32(bits).view(np.float32)
+
+
+@_compiled()
+def _cut_to_k(kept, where, found, k, d_sae, chosen):
+    """Write the places of the k largest of the first `found` to `chosen`; returns how many there are."""
+    if found <= k:
+        for i in range(found):
+            chosen[i] = where[i]
+        return found
+    least = _bound(kept, found, k)
+    taken = 0
+    for i in range(found):
+        if kept[i] > least:
+            chosen[taken] = where[i]
+            taken += 1
+    before = -1
+    while taken < k:  # those equal to the least, the lowest places first
+        lowest = d_sae
+        for i in range(found):
+            if kept[i] == least and before < where[i] < lowest:
+                lowest = where[i]
+        chosen[taken], before = lowest, lowest
+        taken += 1
+    return taken
+
+
+@_compiled()
+def select_above(start, stop, pre, floor, indices, values, counts):
+    """The entries above their floor; a row with more than there are slots says so in its count and loses the rest."""
+    d_sae, width = pre.shape[1], indices.shape[1]
+    lanes = min(d_sae, 256)
+    for n in range(start, stop):
+        row, found = pre[n], 0
+        for first in range(0, d_sae, lanes):  # most blocks of 256 are looked at twice, at vector speed the first time
+            part, bar = row[first : first + lanes], floor[first : first + lanes]
+            any_above = np.int32(0)
+            for j in range(len(part)):
+                any_above += np.int32(part[j] > bar[j])
+            if any_above:
+                for j in range(len(part)):
+                    if part[j] > bar[j]:
+                        if found < width:
+                            indices[n, found], values[n, found] = first + j, part[j]
+                        found += 1
+        counts[n] = found
+
+
+@_compiled()
+def keep_at_least(start, stop, least, indices, values, counts):
+    """Move each row's codes of value `least` or more to the front, and clear the rest."""
+    for n in range(start, stop):
+        taken = 0
+        for i in range(counts[n]):
+            if values[n, i] >= least:
+                indices[n, taken], values[n, taken] = indices[n, i], values[n, i]
+                taken += 1
+        for i in range(taken, counts[n]):
+            values[n, i] = 0
+        counts[n] = taken
+
+
+@_compiled(fastmath=_REORDERED)
+def reconstruct(start, stop, x, W_dec, b_dec, indices, values, counts, prefixes, scale, errors, slopes, squared_errors):
+    """Errors of every prefix's reconstruction, summed from the longest down, and their dots with the codes' rows."""
+    last = len(prefixes) - 1
+    for n in range(start, stop):
+        used, begin = counts[n], 0
+        for number in range(last + 1):
+            error = errors[number, n]
+            for i in range(len(error)):
+                error[i] = errors[number - 1, n, i] if number else b_dec[i] - x[n, i]
+            _add_rows(error, W_dec, indices[n], values[n], used, begin, prefixes[number])
+            begin = prefixes[number]
+            total = np.float32(0)
+            for i in range(len(error)):
+                total += error[i] * error[i]
+            squared_errors[number, n] = total
+        for number in range(last, -1, -1):
+            for i in range(len(b_dec)):
+                longer = errors[number + 1, n, i] if number < last else np.float32(0)
+                errors[number, n, i] = errors[number, n, i] * scale + longer
+        for i in range(used):
+            number = 0
+            while indices[n, i] >= prefixes[number]:
+                number += 1
+            error, row, dot = errors[number, n], W_dec[indices[n, i]], np.float32(0)
+            for d in range(len(error)):
+                dot += error[d] * row[d]
+            slopes[n, i] = dot if values[n, i] > 0 else np.float32(0)
+
+
+@_compiled(fastmath=_REORDERED)
+def _add_rows(total, table, indices, values, used, low, high):
+    """Add values[i] * table[indices[i]] for the indices in [low, high), four at a time."""
+    waiting = np.empty(4, np.int64)
+    held = 0
+    for i in range(used):
+        if low <= indices[i] < high:
+            waiting[held] = i
+            held += 1
+        if held == 4:
+            a, b, c, d = waiting[0], waiting[1], waiting[2], waiting[3]
+            ra, rb, rc, rd = table[indices[a]], table[indices[b]], table[indices[c]], table[indices[d]]
+            va, vb, vc, vd = values[a], values[b], values[c], values[d]
+            for j in range(len(total)):
+                total[j] += va * ra[j] + vb * rb[j] + vc * rc[j] + vd * rd[j]
+            held = 0
+    for at in range(held):
+        row, value = table[indices[waiting[at]]], values[waiting[at]]
+        for j in range(len(total)):
+            total[j] += value * row[j]
+
+
+@_compiled()
+def sort_by_feature(indices, counts, starts, order):
+    """A counting sort: order[starts[j] : starts[j + 1]] are the slots of feature j's codes, rows rising."""
+    rows, width = indices.shape
+    for n in range(rows):
+        for i in range(counts[n]):
+            starts[indices[n, i] + 1] += 1
+    for j in range(len(starts) - 1):
+        starts[j + 1] += starts[j]
+    total = starts[len(starts) - 1]
+    for n in range(rows - 1, -1, -1):
+        for i in range(counts[n] - 1, -1, -1):
+            feature = indices[n, i]
+            starts[feature + 1] -= 1
+            order[starts[feature + 1]] = n * width + i
+    for j in range(len(starts) - 1):
+        starts[j] = starts[j + 1]
+    starts[len(starts) - 1] = total
+
+
+@_compiled(fastmath=_REORDERED)
+def _sum_rows(g_enc, g_dec, slots, x, errors, value, slope, width):
+    """Add a feature's codes to its two gradients; returns the sum of its slopes and how often it fires."""
+    total, fires, at = np.float32(0), np.int32(0), 0
+    while at + 2 <= len(slots):  # two rows a pass: half the loads and stores of the sums
+        a, b = slots[at], slots[at + 1]
+        ea, eb, xa, xb = errors[a // width], errors[b // width], x[a // width], x[b // width]
+        va, vb, sa, sb = value[a], value[b], slope[a], slope[b]
+        for i in range(len(g_enc)):
+            g_dec[i] += va * ea[i] + vb * eb[i]
+            g_enc[i] += sa * xa[i] + sb * xb[i]
+        total += sa + sb
+        fires += np.int32(va > 0) + np.int32(vb > 0)
+        at += 2
+    if at < len(slots):
+        a = slots[at]
+        ea, xa, va, sa = errors[a // width], x[a // width], value[a], slope[a]
+        for i in range(len(g_enc)):
+            g_dec[i] += va * ea[i]
+            g_enc[i] += sa * xa[i]
+        total += sa
+        fires += np.int32(va > 0)
+    return total, fires
+
+
+@_compiled(fastmath=_REORDERED)
+def _adam(weight, first, second, gradient, lr, eps, correction):
+    for i in range(len(weight)):
+        first[i] = np.float32(0.9) * first[i] + np.float32(0.1) * gradient[i]
+        second[i] = np.float32(0.999) * second[i] + np.float32(0.001) * gradient[i] * gradient[i]
+        weight[i] -= lr * first[i] / (np.sqrt(second[i]) * correction + eps)
+
+
+@_compiled(fastmath=_REORDERED)
+def step_features(
+    start, stop, block, x, b_dec, prefixes,
+    starts, order, values, slopes, errors, width,
+    dead_starts, dead_order, dead_values, dead_slopes, dead_errors, dead_width,
+    W_enc, W_dec, low, enc_first, enc_second, dec_first, dec_second,
+    lr, eps, correction, b_enc, fired, through,
+):  # fmt: skip
+    """Gradients and Adam of the features of blocks start to stop; each decoder row back to norm one."""
+    d_in = x.shape[1]
+    g_enc, g_dec = np.empty(d_in, np.float32), np.empty(d_in, np.float32)
+    for j in range(start * block, min(stop * block, len(W_enc))):
+        number = 0
+        while j >= prefixes[number]:
+            number += 1
+        for i in range(d_in):
+            g_enc[i] = g_dec[i] = 0
+        mine = order[starts[j] : starts[j + 1]]
+        total, fired[j] = _sum_rows(g_enc, g_dec, mine, x, errors[number], values, slopes, width)
+        mine = dead_order[dead_starts[j] : dead_starts[j + 1]]
+        if len(mine):
+            total += _sum_rows(g_enc, g_dec, mine, x, dead_errors[0], dead_values, dead_slopes, dead_width)[0]
+        b_enc[j] = total
+        encoder, decoder = W_enc[j], W_dec[j]
+        along = np.float32(0)
+        for i in range(d_in):
+            g_enc[i] -= total * b_dec[i]
+            through[j // block, i] += total * encoder[i]
+            along += g_dec[i] * decoder[i]
+        for i in range(d_in):
+            g_dec[i] -= along * decoder[i]
+        _adam(encoder, enc_first[j], enc_second[j], g_enc, lr, eps, correction)
+        _adam(decoder, dec_first[j], dec_second[j], g_dec, lr, eps, correction)
+        square = np.float32(0)
+        for i in range(d_in):
+            square += decoder[i] * decoder[i]
+        square = np.float32(1) / np.sqrt(square)
+        for i in range(d_in):
+            decoder[i] *= square
+        if len(low):
+            _round_to_bfloat16(encoder, low[j])
+
+
+@_compiled()
+def _round_to_bfloat16(row, bits):
+    """The upper 16 bits of float32, rounded to nearest, ties to even."""
+    for i in range(len(row)):
+        whole = np.float32(row[i]).view(np.uint32)
+        whole += np.uint32(0x7FFF) + ((whole >> np.uint32(16)) & np.uint32(1))
+        bits[i] = np.int16(whole >> np.uint32(16))
