@@ -60,7 +60,7 @@ def workplace(tmp_path_factory):
                 CACHE,
                 DICTIONARY,
                 ("scan", *SAE),
-                ("intervene", *SAE, "--generations", "4", "--prompts", "30"),
+                ("intervene", *SAE, "--quick", "--generations", "4", "--prompts", "30"),
                 ("layers", "--prompts", "10"),
                 ("report",),
             )

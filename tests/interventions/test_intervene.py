@@ -19,7 +19,7 @@ from sae_steer.pair.model_pair import load_pair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.records import read_json
 
-EXACT = dataclasses.replace(INTERVENE, generations=0)
+EXACT = dataclasses.replace(INTERVENE, generations=0, doses=(0.0, 1.0), onsets_per_prompt=1, ribbon=1)
 SILENT = 23
 
 
@@ -243,17 +243,18 @@ def test_other_directions_are_judged_without_the_parts_that_need_a_feature(toy_p
     assert study.verdict != "CAUSAL"
 
 
-def test_a_vector_in_a_file_is_the_vector_in_memory(toy_pair, toy_cache, toy_dictionary, tmp_path):
-    vector = 1.7 * toy_dictionary.sae.direction(FEATURE)
-    np.save(tmp_path / "cause.npy", vector.numpy())
-    few = dataclasses.replace(EXACT, doses=(0.0, 1.0))
-    first, second = (
-        intervene(toy_pair, toy_dictionary, direction=source, cache=toy_cache, settings=few)
-        for source in (vector, tmp_path / "cause.npy")
-    )
-    assert first.record["variants"][0]["single"]["doses"] == second.record["variants"][0]["single"]["doses"]
-    assert second.record["direction"] == "cause"
-    assert second.record["variants"][1]["verdict"] == "CAUSAL"
+def test_a_vector_in_a_file_is_judged_by_its_own_length(toy_pair, toy_cache, toy_dictionary, tmp_path):
+    np.save(tmp_path / "cause.npy", 1.7 * toy_dictionary.sae.direction(FEATURE).numpy())
+    told = []
+    study = intervene(
+        toy_pair, toy_dictionary, direction=tmp_path / "cause.npy", cache=toy_cache, settings=EXACT,
+        on_step=lambda done, total, note="": told.append((done, total)),
+    )  # fmt: skip
+    assert study.record["direction"] == "cause"
+    assert study.record["variants"][1]["verdict"] == "CAUSAL"
+    np.testing.assert_allclose(rows_of(study, "subtract", "single", 1.0)["delivered_norm"], 1.7, rtol=1e-3)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert (told[0], told[-1]) == ((0, 6), (6, 6))
 
 
 @pytest.mark.parametrize("feature", [-1, 24])
@@ -424,18 +425,6 @@ def test_joint_controls_are_read_in_full_only_where_the_verdict_turns_on_them(
         "NON-SPECIFIC",
         "INCONCLUSIVE",
     }
-
-
-def test_progress_runs_from_nothing_to_all(toy_pair, toy_cache, toy_dictionary):
-    told = []
-    few = dataclasses.replace(EXACT, controls=9, calibration=2, doses=(0.0, 1.0))
-    intervene(
-        toy_pair, toy_dictionary, feature=FEATURE, cache=toy_cache, settings=few,
-        on_step=lambda done, total, note="": told.append((done, total)),
-    )  # fmt: skip
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[0] == (0, 8)
-    assert told[-1] == (8, 8)
 
 
 def test_the_four_variants_edit_where_the_protocol_says():
