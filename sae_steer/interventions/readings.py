@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from sae_steer.errors import InputError
 from sae_steer.interventions.bench import Arm
 from sae_steer.interventions.edits import Control
 from sae_steer.interventions.measure import (
@@ -43,6 +44,11 @@ class Onsets:
         """The onsets of the texts, by the settings' counts and seed."""
         random = np.random.default_rng([settings.seed, 5])
         every = [np.flatnonzero(text.is_onset) for text in texts]
+        if not sum(map(len, every)):
+            raise InputError(
+                f"the {len(texts)} confirm texts hold no onset, so nothing can be edited or read; cache more texts, or "
+                "check the pair's [onset]"
+            )
         some = [np.sort(random.permutation(found)[: settings.onsets_per_prompt]) for found in every]
         chosen = set(random.permutation(len(texts))[: settings.joint_control_prompts].tolist())
         few = [found if number in chosen else found[:0] for number, found in enumerate(every)]

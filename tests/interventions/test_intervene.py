@@ -296,6 +296,15 @@ def test_settings_that_cannot_be_met_are_refused(toy_pair, toy_cache, toy_dictio
     refused(toy_pair, toy_cache, toy_dictionary, "20 tasks; intervals over tasks need 30", few)
 
 
+def test_texts_without_an_onset_are_refused_in_one_line(toy_cache):
+    texts = [
+        dataclasses.replace(text, is_onset=np.zeros(len(text), dtype=bool))
+        for text in toy_cache.own_texts("confirm", "adhd")[:3]
+    ]
+    with pytest.raises(InputError, match=r"the 3 confirm texts hold no onset.* check the pair's \[onset\]"):
+        Onsets.of(texts, EXACT)
+
+
 def test_a_cache_of_another_pair_is_refused(pair, toy_cache, toy_dictionary):
     refused(pair, toy_cache, toy_dictionary, "was written from another pair than 'small'")
 
