@@ -128,9 +128,10 @@ def sparsify(*, d_in: int, d_sae: int, k: int, batch_size: int, lr: float | None
     )
 
 
-def ours(source: RowSource, settings: SAESettings, *, device: str | None = None) -> Trainer:
-    """sae_steer's TopK, stepped as its training loop does."""
-    training = Training([Job(source, settings)], World.local(precision=settings.precision, device=device))
+def ours(source: RowSource, *settings: SAESettings, device: str | None = None) -> Trainer:
+    """sae_steer's own trainer; several settings are learned together, and the first is the one that is returned."""
+    world = World.local(precision=settings[0].precision, device=device)
+    training = Training([Job(source, one) for one in settings], world)
 
     def step(batch: Tensor) -> None:
         training.step([batch])
