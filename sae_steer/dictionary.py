@@ -1,5 +1,6 @@
 """A dictionary of one model's stream: learned from a cache, stored where the next command looks, checked on return."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from sae_steer.sae.training import Job, TrainedSAE, train
 from sae_steer.settings import SAESettings
 
 RECORD_FILE = "training.json"
+SAELENS = "saelens:"
+"""How architectures begin that SAELens's own trainer learns: `saelens:gated,l1_coefficient=2`."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def default_folder(model: str, layer: int, settings: SAESettings) -> str:
         if getattr(settings, knob) != getattr(usual, knob)
     ]
     if settings.architecture != usual.architecture:
-        parts.insert(0, settings.architecture)
+        parts.insert(0, re.sub(r"[^\w.=]+", "-", settings.architecture))
     return "_".join([f"{model}_L{layer}_hook_resid_post", *parts])
 
 
@@ -97,8 +100,10 @@ def train_saes(
         already_done(one.out / RECORD_FILE, origin, force=force) for one, origin in zip(wanted, origins, strict=True)
     ]
     todo = [(one, origin) for one, origin, found in zip(wanted, origins, done, strict=True) if not found]
-    if todo:
-        _learn(cache, todo, layer, force, log or Quiet(), world)
+    own = [part for part in todo if not part[0].settings.architecture.startswith(SAELENS)]
+    for together in (own, *([part] for part in todo if part not in own)):
+        if together:
+            _learn(cache, together, layer, force, log or Quiet(), world)
     return [load_dictionary(one.out) for one in wanted]
 
 
@@ -121,12 +126,26 @@ def _learn(cache: ActivationCache, todo: list, layer: int, force: bool, log: Log
     world.barrier()
     sources = {one.model: cache.rows(one.model, layer, "train") for one, _ in todo}
     jobs = [Job(sources[one.model], one.settings, one.out.name if len(todo) > 1 else "") for one, _ in todo]
-    learned = train(jobs, world=world, log=log if world.is_first else None, checkpoint=state)
+    learn = _train_foreign if jobs[0].settings.architecture.startswith(SAELENS) else train
+    learned = learn(jobs, world=world, log=log if world.is_first else None, checkpoint=state)
     if world.is_first:
         for (one, origin), trained in zip(todo, learned, strict=True):
             _store(cache, one, origin, layer, trained)
         state.unlink()
     world.barrier()
+
+
+def _train_foreign(jobs: list[Job], *, world: World, log: Log | None, checkpoint: Path) -> list[TrainedSAE]:
+    """`train` for one dictionary of a SAELens architecture, by SAELens's own trainer."""
+    from sae_steer.sae.saelens_training import parse_architecture, train_saelens
+
+    (job,) = jobs
+    if world.size > 1:
+        raise InputError(f"SAELens trains in one process, not {world.size}; run without torchrun for {SAELENS} names")
+    name, options = parse_architecture(job.settings.architecture)
+    sae = train_saelens(job.rows, job.settings, name, options=options, world=world, log=log, checkpoint=checkpoint)
+    steps = job.settings.rows // job.settings.batch_size
+    return [TrainedSAE(sae=sae, settings=job.settings, steps=steps, rows=job.rows.fingerprint)]
 
 
 def _store(cache: ActivationCache, one: Wanted, origin: dict, layer: int, trained: TrainedSAE) -> None:

@@ -191,6 +191,19 @@ def test_a_saelens_dictionary_made_elsewhere_is_scanned_and_edits_as_ours_do(sma
     torch.testing.assert_close(ZeroAblate(dictionary.sae, feature)(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_saelens_architecture_is_learned_from_the_cache_and_found_again(small, tmp_path):
+    settings = replace(SETTINGS, architecture="saelens:gated,l1_coefficient=0.5")
+    made = train_sae(small, model="adhd", layer=2, out=tmp_path, settings=settings)
+    assert made.sae.config.architecture == "saelens:gated"
+    assert (made.model, made.layer) == ("adhd", 2)
+    assert made.record["settings"]["architecture"] == settings.architecture
+    before = contents(tmp_path)
+    train_sae(small, model="adhd", layer=2, out=tmp_path, settings=settings)
+    assert contents(tmp_path) == before
+    assert sae_lens().SAE.load_from_disk(tmp_path).cfg.metadata.sae_steer["model"] == "adhd"
+    assert default_folder("adhd", 2, settings).startswith("adhd_L2_hook_resid_post_saelens-gated")
+
+
 def test_a_dictionary_made_elsewhere_is_refused_at_a_layer_it_does_not_read(tiny, tmp_path):
     folder = gated(SHAPE.d_model, tmp_path / "gated")
     with pytest.raises(InputError, match="does not say which model and layer"):

@@ -19,7 +19,9 @@ from sae_steer.settings import SAESettings
     multiple=True,
     help="The model whose stream is learned; repeat for more.  [default: target]",
 )
-@click.option("--arch", default=SAESettings.architecture, help="topk, batchtopk, matryoshka or jumprelu.")
+@click.option(
+    "--arch", default=SAESettings.architecture, help="topk, batchtopk, matryoshka, jumprelu, or saelens:NAME."
+)
 @click.option("--k", "ks", multiple=True, default=[SAESettings.k], type=COUNT, help="Active features a row.")
 @click.option("--d-sae", "widths", multiple=True, default=[SAESettings.d_sae], type=COUNT, help="Features; may repeat.")
 @click.option(
@@ -43,6 +45,7 @@ def train_sae(pair, cache_folder, layer, models, arch, ks, widths, seeds, peak, 
     Example:
         sae-steer train-sae --model adhd --layer 2 --k 40 --d-sae 4096
         sae-steer train-sae --arch batchtopk --seed 0 --seed 1 --seed 2
+        sae-steer train-sae --arch saelens:gated,l1_coefficient=2
         torchrun --nproc-per-node 2 -m sae_steer train-sae
     """
     from sae_steer.cache import ActivationCache

@@ -83,6 +83,7 @@ def train_saelens(
         "rows": rows.fingerprint,
         "precision": str(world.autocast),
     }
+    identity = json.loads(json.dumps(identity))  # as it comes back from a checkpoint
     if checkpoint is not None and checkpoint.exists():
         _load(trainer, checkpoint, identity)
     steps = settings.rows // settings.batch_size
@@ -164,7 +165,7 @@ def _config(d_in: int, settings: SAESettings, architecture: str, options: dict, 
 
 
 def _facts(trainer, output, rows: RowSource, steps: int, lr: float, checkpoint: Path | None) -> StepFacts:
-    loss, step = float(output.loss), trainer.n_training_steps
+    loss, step = float(output.loss.detach()), trainer.n_training_steps
     if not math.isfinite(loss):
         raise NotFiniteError(f"the loss is {loss} at step {step}; {last_good(checkpoint)}")
     scaled_square = rows.mean_square * trainer.activation_scaler.scaling_factor**2

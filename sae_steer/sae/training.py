@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sae_steer.errors import InputError, NotFiniteError
 from sae_steer.runtime import World
-from sae_steer.sae.architectures import ARCHITECTURES, LinearSAE
+from sae_steer.sae.architectures import ARCHITECTURES, SparseDictionary
 from sae_steer.sae.checkpoint import TrainingState, interrupts_held, last_good
 from sae_steer.sae.learner import new_learner, step
 from sae_steer.sae.log import Log, Quiet, StepFacts
@@ -54,7 +54,7 @@ class RowSource(Protocol):
 class TrainedSAE:
     """A finished dictionary and what it came from."""
 
-    sae: LinearSAE
+    sae: SparseDictionary
     """On raw rows."""
     settings: SAESettings
     steps: int
