@@ -269,11 +269,9 @@ def test_a_dictionary_of_another_width_or_model(here):
     facts = read_metadata(here / SAE[1])
     save_sae(TopKSAE(TopKConfig(d_in=20, d_sae=48, k=6)), Path("wide"), metadata=facts)
     save_sae(load_sae(here / SAE[1]), Path("other"), metadata={**facts, "model_sha256": "0" * 64})
-    save_sae(load_sae(here / SAE[1]), Path("bare"), metadata={})
     for command in (("scan",), ("intervene", "--feature", "1")):
         refused(steer(*command, *known, "--sae", "wide"), "reads 20 dimensions and model 'adhd' has 16")
         refused(steer(*command, *known, "--sae", "other"), "another model called 'adhd'")
-        refused(steer(*command, *known, "--sae", "bare"), "does not say which model and layer")
 
 
 def test_a_feature_outside_the_dictionary_and_one_that_is_none(here):

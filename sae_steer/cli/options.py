@@ -58,6 +58,6 @@ def open_dictionary(pair: str, cache_folder: Path | None, sae_folder: Path | Non
     from sae_steer.dictionary import load_dictionary
 
     loaded, places = open_pair(pair, cache_folder, None)
+    cache = ActivationCache.open(places.cache)
     folder = sae_folder or places.dictionary(loaded.target.name, layer)
-    dictionary = load_dictionary(folder, model=loaded.target, layer=layer)
-    return loaded, places, ActivationCache.open(places.cache), dictionary
+    return loaded, places, cache, load_dictionary(folder, model=loaded.target, layer=layer)
