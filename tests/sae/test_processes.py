@@ -1,0 +1,61 @@
+"""Two processes learn what one learns, and a GPU learns what a CPU learns."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sae_steer import runtime
+from sae_steer.runtime import World
+from sae_steer.sae.architectures import ARCHITECTURES
+from sae_steer.sae.training import Job, train, train_dictionary
+from sae_steer.settings import SAESettings
+
+TWO = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+from safetensors.torch import save_file
+from conftest import PlantedRows
+from sae_steer.runtime import joined
+from sae_steer.sae.training import Job, train
+from sae_steer.settings import SAESettings
+
+torch.set_num_threads(1)
+with joined(precision="float32", device="cpu") as world:
+    rows = PlantedRows()
+    learned = train([Job(rows, settings) for settings in {settings!r}], world=world)
+    if world.is_first:
+        save_file({{f"{{i}}.{{n}}": w for i, d in enumerate(learned) for n, w in d.sae.state_dict().items()}}, {out!r})
+"""
+
+
+def test_two_processes_learn_what_one_learns(planted, short: SAESettings, world: World, tmp_path: Path) -> None:
+    settings = [replace(short, architecture=architecture) for architecture in ARCHITECTURES]
+    script, out = tmp_path / "two.py", tmp_path / "two.safetensors"
+    script.write_text(TWO.format(tests=str(Path(__file__).parent), settings=settings, out=str(out)))
+    root = Path(runtime.__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    two = load_file(out)
+    one = train([Job(planted, each) for each in settings], world=world)
+    for number, trained in enumerate(one):
+        for name, weight in trained.sae.state_dict().items():
+            torch.testing.assert_close(two[f"{number}.{name}"], weight, rtol=0, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_gpu_learns_what_a_cpu_learns(architecture: str, planted, short: SAESettings, world: World) -> None:
+    settings = replace(short, architecture=architecture)
+    cpu = train_dictionary(planted, settings, world=world).sae.state_dict()
+    gpu = train_dictionary(planted, settings, world=World.local(precision="float32", device="cuda")).sae.state_dict()
+    for name, weight in cpu.items():
+        torch.testing.assert_close(gpu[name].cpu(), weight, rtol=1e-2, atol=1e-3)
