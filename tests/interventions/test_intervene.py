@@ -200,14 +200,24 @@ def test_a_study_survives_save_and_load_unchanged(study, saved):
     assert saved.table() == study.table()
 
 
-def test_the_released_records_hold_the_sampled_rates(study, tmp_path):
-    study.save(tmp_path)
+def test_the_released_records_hold_the_sampled_rates_and_null_for_what_is_not_there(study, tmp_path):
+    sampled = {
+        v["variant"]: {"rate": 0.1 * n, "baseline_rate": 0.05, "delta": 0.1 * n - 0.05, "null_sd": 0.02, "p": 0.5}
+        for n, v in enumerate(study.record["variants"])
+    }
+    variants = [
+        {**v, "sampled": {"strict": sampled[v["variant"]], "mean_step_count": 9.5, "steps": 95}}
+        for v in study.record["variants"]
+    ]
+    dataclasses.replace(study, record={**study.record, "variants": variants}).save(tmp_path)
     probes, panels = (read_json(tmp_path / name) for name in ("three_probes.json", "deepdive_steering.json"))
-    sampled = {v["variant"]: v["sampled"]["strict"] for v in study.record["variants"]}
     assert probes["probe_2_zero_ablation"]["delta_step_onset"] == sampled["zero_ablate"]["delta"]
     assert probes["probe_3_L1_steering"]["coef_+1.0"]["regulation_rate"] == sampled["upstream"]["rate"]
     assert panels["panels"]["subtract_from_target"]["steered_reg_rate"] == sampled["subtract"]["rate"]
     assert probes["probe_1_variant_split"] is None
+    unsampled = [{**v, "sampled": None} for v in variants]
+    dataclasses.replace(study, record={**study.record, "variants": unsampled}).save(tmp_path)
+    assert read_json(tmp_path / "three_probes.json")["probe_2_zero_ablation"]["delta_step_onset"] is None
 
 
 def test_the_record_says_that_an_index_belongs_to_its_dictionary(study):
