@@ -355,7 +355,7 @@ def test_a_batch_that_mixes_its_rows_is_invalid_by_gate_3(toy_pair, toy_cache, t
     from sae_steer.model.replay import CleanPass
 
     right = CleanPass.read_many
-    monkeypatch.setattr(CleanPass, "read_many", lambda *given: right(*given).flip(0))
+    monkeypatch.setattr(CleanPass, "read_many", lambda *given: right(*given).roll(1, 0))
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "3")
     assert failed == ["inject", "subtract", "zero_ablate", "upstream"]
     assert study.verdict == "INVALID"
