@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sae_steer.cache import ActivationCache, cache_activations
-from sae_steer.dictionary import Dictionary, default_folder, train_sae
+from sae_steer.dictionary import Dictionary, check_fits, default_folder, train_sae
 from sae_steer.errors import SteerError
 from sae_steer.findings import layer_probability as layers
 from sae_steer.interventions.splicing import find_or_splice
@@ -115,6 +115,7 @@ def find_or_intervene(
     settings = settings or InterveneSettings()
     origin = study_provenance(pair, cache, dictionary, source, settings, leave_out)
     if not already_done(out / STUDY_RECORD, origin, force=force):
+        check_fits(dictionary, cache)  # a study that cannot be made leaves no plan behind
         with _into(out):
             plan = plan_study(pair, cache, origin, out, force=force)
             named = {"feature": source} if isinstance(source, int) else {"direction": source}
