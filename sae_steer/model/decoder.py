@@ -180,6 +180,10 @@ class Decoder(nn.Module):
         """What puts out the stream after block `layer`: the block."""
         return self.layers[layer]
 
+    def writers(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """Attention and MLP of block `layer`, whose outputs are added to the stream."""
+        return self.layers[layer].self_attn, self.layers[layer].mlp
+
     def embed(self, tokens: Int[Tensor, "batch query"]) -> Float[Tensor, "batch query d_model"]:
         """The residual stream before block 0."""
         return self.embed_tokens(tokens)

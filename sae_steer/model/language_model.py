@@ -63,6 +63,9 @@ class LanguageModel(Protocol):
     def resid_post(self, layer: int) -> nn.Module:
         """What puts out the stream after block `layer`; whoever reads that stream reads behind its hooks."""
 
+    def writers(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """What puts out the terms that attention and MLP of block `layer` add to the stream."""
+
     def run(
         self, resid: Float[Tensor, "batch pos d_model"], *, start: int = 0, stop: int | None = None
     ) -> Float[Tensor, "batch pos d_model"]:

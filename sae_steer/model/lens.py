@@ -209,6 +209,10 @@ class LensModel(nn.Module):
         """The hook point of the stream after block `layer`."""
         return self.hooked.blocks[layer].hook_resid_post
 
+    def writers(self, layer: int) -> tuple[nn.Module, nn.Module]:
+        """The hook points of what attention and MLP of block `layer` add to the stream."""
+        return self.hooked.blocks[layer].hook_attn_out, self.hooked.blocks[layer].hook_mlp_out
+
     def run(
         self,
         resid: Float[Tensor, "batch pos d_model"],
