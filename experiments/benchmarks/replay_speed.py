@@ -23,9 +23,11 @@ from sae_steer.records import write_json
 from sae_steer.runtime import generator
 from sae_steer.settings import PRESETS
 
-PROMPTS, LENGTH, ONSETS, DIRECTIONS, LAYER, REPEATS = 8, 128, 4, 256, 2, 2
-WITH_HOOKS = 2
-"""Directions that run_with_hooks is timed on, the first of all."""
+PROMPTS, LENGTH, ONSETS, DIRECTIONS, LAYER, REPEATS = 8, 128, 4, 256, 2, 1
+DONE_WELL, WITH_HOOKS = 32, 1
+"""Directions that TransformerLens is timed on, the first of all."""
+WELL_PROMPTS = 4
+"""Prompts that it is timed on when done well."""
 SITE = f"blocks.{LAYER}.hook_resid_post"
 IDS = list(range(40, 60))
 
@@ -114,7 +116,7 @@ def measure() -> dict:
     onsets = torch.stack([torch.randperm(LENGTH - 16, generator=random)[:ONSETS] + 16 for _ in range(PROMPTS)])
     directions = torch.randn(DIRECTIONS, model.shape.d_model, generator=random) * 0.05
     ours, found = rate(lambda: replay(model, tokens, onsets, directions))
-    well, theirs = rate(lambda: done_well(hooked, tokens, onsets, directions[:32]))
+    well, theirs = rate(lambda: done_well(hooked, tokens[:WELL_PROMPTS], onsets[:WELL_PROMPTS], directions[:DONE_WELL]))
     few = directions[:WITH_HOOKS]
     by_call = {
         str(together): rate(lambda together=together: with_hooks(hooked, tokens, onsets, few, together=together))
@@ -122,7 +124,7 @@ def measure() -> dict:
     }
     hooks = max(speed for speed, _ in by_call.values())
     differences = [
-        (found[..., :32] - theirs).abs().max(),
+        (found[:WELL_PROMPTS, :, :DONE_WELL] - theirs).abs().max(),
         *((found[..., :WITH_HOOKS] - other).abs().max() for _, other in by_call.values()),
     ]
     return {
@@ -130,7 +132,7 @@ def measure() -> dict:
         "prompts": PROMPTS,
         "tokens_per_prompt": LENGTH,
         "onsets_per_prompt": ONSETS,
-        "directions": {"replay": DIRECTIONS, "done_well": 32, "run_with_hooks": WITH_HOOKS},
+        "directions": {"replay": DIRECTIONS, "done_well": DONE_WELL, "run_with_hooks": WITH_HOOKS},
         "threads": torch.get_num_threads(),
         "edits_per_second": {
             "replay": ours,

@@ -29,6 +29,7 @@ from sae_steer.interventions.released import deepdive_steering, three_probes
 from sae_steer.interventions.sampled import SampledArms, plan_prompts
 from sae_steer.interventions.splicing import ce_recovered
 from sae_steer.interventions.table import table
+from sae_steer.interventions.trace import trace
 from sae_steer.interventions.transport import embedding_check
 from sae_steer.interventions.variants import Direction
 from sae_steer.interventions.verdict import INVALID
@@ -40,6 +41,8 @@ from sae_steer.settings import SPLITS, InterveneSettings
 
 RECORD_FILE, TRIALS_FILE = "results.json", "trials.parquet"
 RELEASED = {"deepdive_steering.json": deepdive_steering, "three_probes.json": three_probes}
+TRACE_TEXTS = 60
+"""Confirm texts in which each arm's edit is followed through the blocks above."""
 FIT_TEXTS = 300
 """Train texts on which the maps between the streams are fitted."""
 
@@ -177,9 +180,12 @@ def intervene(
         known_gates=known, on_step=lambda done, total, note="": on_step(done, stages, note),
     )  # fmt: skip
     sampled = SampledArms(pair, plan_prompts(pair, texts[: settings.generations]), settings)
+    followed = Onsets.of(texts[:TRACE_TEXTS], settings).single
     for number, (arm, variant) in enumerate(zip(arms, evidence.record["variants"], strict=True), len(arms)):
         on_step(number, stages, f"{arm.variant.name}: sampled plans")
         variant["sampled"] = sampled.read(arm)
+        reads = directions.unembedding(arm.model.decoder, tokens.ids)
+        variant["trace"] = trace(arm.model.decoder, arm.layer, arm.edit(settings.primary_dose), followed, reads)
     on_step(stages, stages, "measured")
     measured = {"tested": True, "reason": None, "firings": firings, "basis": _basis(bench), **evidence.record}
     return Study({**record, **measured}, evidence.trials)
