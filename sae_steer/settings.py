@@ -222,3 +222,37 @@ class LayersSettings:
     """Confirm-split texts a rendering at most."""
     bootstrap_draws: int = 10_000
     seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelftestSettings:
+    """How often the verdict is put to the test, on planted pairs whose truth is known, and on how much data."""
+
+    studies: int = 60
+    """Of each kind of planted pair."""
+    tasks: int = 100
+    """Tasks a study draws from the population, one text each: as many as a null needs."""
+    onsets: int = 6
+    """Each text is the opening of a plan, up to so many onsets."""
+    onsets_per_prompt: int = 1
+    """Of them, how many are edited one at a time."""
+    controls: int = 199
+    """Directions in each control family."""
+    calibration: int = 20
+    """Fresh directions treated as if each were the one studied."""
+    joint_control_prompts: int = 16
+    """Texts on which joint edits are compared with control directions."""
+    prompts_per_task: int = 7
+    """Of the population on which the truth is measured: 3,108 texts of 444 tasks."""
+    fresh: int = 100
+    """Fresh directions of each family that a study on the level of the specificity test ranks among the controls."""
+    level_studies: int = 12
+    bootstrap_draws: int = 4_000
+    train_plans: int = 1_500
+    """Plans the dictionary is learned on."""
+    d_sae: int = 2_048
+    sae_rows: int = 600_000
+    fit_texts: int = 150
+    """Texts on which maps between the two streams are fitted."""
+    tune_texts: int = 200
+    seed: int = 0

@@ -27,6 +27,7 @@ from sae_steer.settings import (
     PairTrainingSettings,
     SAESettings,
     ScanSettings,
+    SelftestSettings,
 )
 from sae_steer.terminal import Bar
 
@@ -37,6 +38,7 @@ SETTINGS = {
     "scan": (ScanSettings,),
     "intervene": (InterveneSettings,),
     "layers": (LayersSettings,),
+    "selftest": (SelftestSettings,),
 }
 CACHE = ("cache", "--train-plans", "60", "--scan-plans", "40", "--tune-plans", "30", "--confirm-plans", "40")
 DICTIONARY = ("train-sae", "--k", "6", "--d-sae", "48", "--rows", "6400", "--batch-size", "256")
@@ -228,6 +230,13 @@ def test_the_time_left_is_that_of_this_process(monkeypatch):
 
 
 # Bad input
+
+
+def test_a_kind_of_study_that_there_is_none_of(here):
+    done = steer("selftest", "--kind", "casual")
+    assert done.exit_code == 1
+    assert "no kind of study casual; there are causal, rotated" in done.stderr
+    assert not Path("runs/small/selftest").exists()
 
 
 def test_a_missing_cache(here):
