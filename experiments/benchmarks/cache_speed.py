@@ -20,34 +20,21 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
+from cache_rows import random_pair
 
-from sae_steer import cache_activations, load_pair
+from sae_steer import cache_activations
 from sae_steer.cache import ActivationCache, site
 from sae_steer.model.batching import pad
-from sae_steer.model.decoder import init_decoder
 from sae_steer.model.lens import to_hooked_transformer
-from sae_steer.pair.model_pair import ModelPair, NamedModel
+from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import GeneratedTexts, Text
-from sae_steer.runtime import generator, write_text
+from sae_steer.runtime import write_text
 from sae_steer.settings import PRESETS, SPLITS, CacheSettings, CorpusSettings
 
 LAYER = 2
 TEXTS = GeneratedTexts(CorpusSettings(train_plans=48, scan_plans=8, tune_plans=4, confirm_plans=4))
 REPEATS = 2
 PEER_BATCH = 16
-
-
-def random_pair() -> ModelPair:
-    """Two models of the 23M shape with random weights, on the packaged tokenizer."""
-    small = load_pair("small")
-    reference, target = (
-        NamedModel(model.name, init_decoder(PRESETS["interpgpt-23m"], generator(seed)).eval().requires_grad_(False))
-        for seed, model in enumerate(small.models)
-    )
-    return ModelPair(
-        name="random-23m", reference=reference, target=target, tokenizer=small.tokenizer, onsets=small.onsets,
-        phrases=small.phrases, context=small.context,
-    )  # fmt: skip
 
 
 def ours(pair: ModelPair, folder: Path, precision: str) -> ActivationCache:
@@ -99,7 +86,7 @@ def errors(exact: ActivationCache, found: ActivationCache, model: str) -> dict:
 
 def main() -> None:
     """Time every case and write the record."""
-    pair = random_pair()
+    pair = random_pair(PRESETS["interpgpt-23m"])
     hooked = [to_hooked_transformer(model.decoder) for model in pair.models]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
