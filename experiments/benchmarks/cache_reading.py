@@ -1,8 +1,8 @@
 """Shuffled batches of 4,096 rows of 512 float16 values as float32 tensors, from a cache of more than 8 GB.
 
 The cache is written by `cache_activations` from two one-layer models with random weights, because here reading is
-measured; it is deleted afterwards. Peers read the same rows of the same shards: h5py by sorted row numbers, and a random
-permutation through `numpy.memmap` one row at a time, which shuffles finer than our blocks of 16 rows.
+measured; it is deleted afterwards. Peers read the same rows of the same shards: h5py by sorted row numbers, and a
+random permutation through `numpy.memmap` one row at a time, which shuffles finer than our blocks of 16 rows.
 
     python experiments/benchmarks/cache_reading.py            # cache_reading.json
 """
