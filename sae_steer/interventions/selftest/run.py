@@ -5,6 +5,7 @@
 A finished study is found again by its settings and by `REVISION`; one made otherwise is made anew.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -74,7 +75,8 @@ def summarise(pair: ModelPair, out: Path, *, settings: SelftestSettings | None =
         if _is_current(path, _origin(pair, settings, kind, number)):
             (levels if kind == LEVEL else studies).append(read_json(path))
     origin = provenance(settings=settings, inputs={"pair": pair.sha256, "revision": str(REVISION)})
-    return write_json(Path(out) / RECORD_FILE, {"provenance": origin, **summary(studies, levels)})
+    made_at = Counter(study["provenance"]["commit"] for study in [*studies, *levels])
+    return write_json(Path(out) / RECORD_FILE, {"provenance": origin, "made_at": made_at, **summary(studies, levels)})
 
 
 def prepare(pair: ModelPair, out: Path, settings: SelftestSettings) -> Ground:
