@@ -109,7 +109,7 @@ def train_saes(
 
 def _origin(cache: ActivationCache, wanted: Wanted, layer: int) -> dict:
     rows, held_out = (cache.rows(wanted.model, layer, split) for split in ("train", "scan"))
-    inputs = {"rows": rows.fingerprint, "held_out": held_out.fingerprint, "model": wanted.model, "layer": str(layer)}
+    inputs = {"held_out": held_out.fingerprint, "rows": rows.fingerprint, "model": wanted.model, "layer": str(layer)}
     return provenance(settings=wanted.settings, inputs=inputs)
 
 
