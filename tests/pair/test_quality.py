@@ -49,7 +49,7 @@ def test_generations_stand_beside_the_corpus_of_their_tasks(brief):
 
 
 def test_a_model_and_itself_share_every_basis(tiny):
-    twin = dataclasses.replace(tiny, reference=tiny.target)
+    twin = dataclasses.replace(tiny, reference=dataclasses.replace(tiny.target, name="twin"))
     for layer, found in enumerate(basis_by_layer(twin, plans=20)):
         assert found["layer"] == layer
         assert found["identity_r2"] == 1.0
