@@ -1,6 +1,8 @@
 """The compiled loops behind `compiled`: plain arrays in, plain arrays filled; nothing here knows torch.
 
-Every loop takes the first and last row, or feature, it is to do.
+Every loop takes the first and last row, or feature, it is to do. What loops share is inlined: a library of its own is
+optimised otherwise when numba reads it from its cache than when it has just compiled it, and a first run would then
+end in other bytes than a second.
 """
 
 from inspect import unwrap
@@ -17,7 +19,11 @@ def _compiled(**options):
     return lambda function: njit(**_OPTIONS, **options)(unwrap(function))
 
 
-@_compiled()
+def _shared(**options):
+    return _compiled(inline="always", **options)
+
+
+@_shared()
 def _bound(ordered, count, k):
     """The largest v >= 1 that at least k of the first `count` entries reach, or 1; one bit of v a round."""
     low = np.int16(0)
@@ -62,7 +68,7 @@ def select_topk(start, stop, pre, k, indices, values, counts):
             values[n, i] = np.uint32(bits).view(np.float32)
 
 
-@_compiled()
+@_shared()
 def _cut_to_k(kept, where, found, k, d_sae, chosen):
     """Write the places of the k largest of the first `found` to `chosen`; returns how many there are."""
     if found <= k:
@@ -151,7 +157,7 @@ def reconstruct(start, stop, x, W_dec, b_dec, indices, values, counts, prefixes,
             slopes[n, i] = dot if values[n, i] > 0 else np.float32(0)
 
 
-@_compiled(fastmath=_REORDERED)
+@_shared(fastmath=_REORDERED)
 def _add_rows(total, table, indices, values, used, low, high):
     """Add values[i] * table[indices[i]] for the indices in [low, high), four at a time."""
     waiting = np.empty(4, np.int64)
@@ -193,7 +199,7 @@ def sort_by_feature(indices, counts, starts, order):
     starts[len(starts) - 1] = total
 
 
-@_compiled(fastmath=_REORDERED)
+@_shared(fastmath=_REORDERED)
 def _sum_rows(g_enc, g_dec, slots, x, errors, value, slope, width):
     """Add a feature's codes to its two gradients; returns the sum of its slopes and how often it fires."""
     total, fires, at = np.float32(0), np.int32(0), 0
@@ -218,7 +224,7 @@ def _sum_rows(g_enc, g_dec, slots, x, errors, value, slope, width):
     return total, fires
 
 
-@_compiled(fastmath=_REORDERED)
+@_shared(fastmath=_REORDERED)
 def _adam(weight, first, second, gradient, lr, eps, correction):
     for i in range(len(weight)):
         first[i] = np.float32(0.9) * first[i] + np.float32(0.1) * gradient[i]
@@ -269,7 +275,7 @@ def step_features(
             _round_to_bfloat16(encoder, low[j])
 
 
-@_compiled()
+@_shared()
 def _round_to_bfloat16(row, bits):
     """The upper 16 bits of float32, rounded to nearest, ties to even."""
     for i in range(len(row)):
