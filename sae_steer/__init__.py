@@ -52,6 +52,7 @@ _HOME = {
     "sample_plans": "pair.quality",
     "save_sae": "sae.saelens",
     "scan_features": "scan",
+    "seed_stability": "sae.stability",
     "to_hooked_transformer": "model.lens",
     "train_pair": "pair.training",
     "train_sae": "dictionary",

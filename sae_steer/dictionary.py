@@ -2,22 +2,26 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sae_steer.cache import ActivationCache, ActivationRows, site
+import numpy as np
+
+from sae_steer.cache import ActivationCache, site
 from sae_steer.errors import InputError
 from sae_steer.pair.model_pair import NamedModel
-from sae_steer.records import already_done, provenance, write_json
+from sae_steer.records import already_done, provenance, read_table, write_json, write_table
 from sae_steer.runtime import World, sha256, sweep
 from sae_steer.sae.architectures import SparseDictionary
-from sae_steer.sae.evaluation import evaluate
+from sae_steer.sae.evaluation import SAEMetrics, evaluate
 from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
 from sae_steer.sae.saelens import WEIGHTS_FILE, load_sae, read_metadata, save_sae
+from sae_steer.sae.stability import MOST_FEATURES, SeedFolder, SeedStability, find_or_compare, load_stability
+from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.training import Job, TrainedSAE, train
 from sae_steer.settings import SAESettings
 
-RECORD_FILE = "training.json"
+RECORD_FILE, FIRINGS_FILE = "training.json", "firings.parquet"
 SAELENS = "saelens:"
 """How architectures begin that SAELens's own trainer learns: `saelens:gated,l1_coefficient=2`."""
 
@@ -32,6 +36,8 @@ class Dictionary:
     record: dict
     """Its figures on training and held-out rows, and its provenance."""
     sha256: str
+    stability: SeedStability | None = None
+    """Its features in dictionaries of other seeds, where it has been compared with some."""
 
     @property
     def name(self) -> str:
@@ -93,6 +99,7 @@ def train_saes(
     """Learn several dictionaries over one reading of the cache; each ends as it would alone.
 
     Those that are finished are found again; the others are learned together, their checkpoint in the first's folder.
+    Those that differ in their seed alone are compared, and `seed_stability.json` stands beside each.
     """
     world = world or World.local(precision=wanted[0].settings.precision)
     origins = [_origin(cache, one, layer) for one in wanted]
@@ -104,7 +111,29 @@ def train_saes(
     for together in (own, *([part] for part in todo if part not in own)):
         if together:
             _learn(cache, together, layer, force, log or Quiet(), world)
+    if world.is_first:
+        _compare_seeds(wanted)
+    world.barrier()
     return [load_dictionary(one.out) for one in wanted]
+
+
+def _compare_seeds(wanted: Sequence[Wanted]) -> None:
+    """Leave the record of seed stability beside every dictionary that has siblings; the widest are too wide for it."""
+    siblings: dict[tuple[str, SAESettings], dict[int, Path]] = {}
+    for one in wanted:
+        if one.settings.d_sae <= MOST_FEATURES:
+            siblings.setdefault((one.model, replace(one.settings, seed=0)), {})[one.settings.seed] = one.out
+    for folders in siblings.values():
+        if len(folders) > 1:
+            compared = [
+                SeedFolder(path, seed, sha256(path / WEIGHTS_FILE), _alive(path)) for seed, path in folders.items()
+            ]
+            find_or_compare(compared, [load_sae(path) for path in folders.values()])
+
+
+def _alive(folder: Path) -> np.ndarray | None:
+    path = folder / FIRINGS_FILE
+    return read_table(path)["heldout"] > 0 if path.is_file() else None
 
 
 def _origin(cache: ActivationCache, wanted: Wanted, layer: int) -> dict:
@@ -121,6 +150,7 @@ def _learn(cache: ActivationCache, todo: list, layer: int, force: bool, log: Log
         if force:
             state.unlink(missing_ok=True)
         for one, _ in todo:
+            (one.out / STABILITY_FILE).unlink(missing_ok=True)
             (one.out / RECORD_FILE).unlink(missing_ok=True)  # written last: a folder that has it is whole
         log = Together(jsonl_log(first / "training" / "log.jsonl"), log)
     world.barrier()
@@ -149,23 +179,27 @@ def _train_foreign(jobs: list[Job], *, world: World, log: Log | None, checkpoint
 
 
 def _store(cache: ActivationCache, one: Wanted, origin: dict, layer: int, trained: TrainedSAE) -> None:
+    exact = World.local(precision="float32")
+    train, held_out = (
+        evaluate(trained.sae, cache.rows(one.model, layer, split).in_order(), exact) for split in ("train", "scan")
+    )
     record = {
         "provenance": origin,
         "model": one.model,
         "layer": layer,
         "hook": site(layer),
         "model_sha256": cache.manifest["models"][one.model]["sha256"],
-        **_figures(trained.sae, *(cache.rows(one.model, layer, split) for split in ("train", "scan"))),
+        **_figures(train, held_out),
         "steps": trained.steps,
     }
     save_sae(trained.sae, one.out, metadata={**record, "settings": asdict(one.settings)})
+    firings = {"train": train.firings.numpy(), "heldout": held_out.firings.numpy()}
+    write_table(one.out / FIRINGS_FILE, {"feature": np.arange(len(held_out.firings)), **firings})
     write_json(one.out / RECORD_FILE, record)
 
 
-def _figures(sae: SparseDictionary, seen: ActivationRows, held_out: ActivationRows) -> dict:
+def _figures(train: SAEMetrics, fresh: SAEMetrics) -> dict:
     """How well the dictionary explains the rows it learned from, and rows of tasks it never saw."""
-    exact = World.local(precision="float32")
-    train, fresh = (evaluate(sae, rows.in_order(), exact) for rows in (seen, held_out))
     return {
         "final_fve": fresh.fve,
         "final_l0": fresh.l0,
@@ -186,7 +220,8 @@ def load_dictionary(folder: Path, *, model: NamedModel | None = None, layer: int
         raise InputError(f"no dictionary in {folder}; run `sae-steer train-sae` first, or name one with --sae")
     sae, known = load_sae(folder).requires_grad_(False), read_metadata(folder)
     if {"model", "layer", "model_sha256"} <= known.keys():
-        return Dictionary(sae, known["model"], known["layer"], known, sha256(folder / WEIGHTS_FILE))
+        weights = sha256(folder / WEIGHTS_FILE)
+        return Dictionary(sae, known["model"], known["layer"], known, weights, load_stability(folder, weights))
     if model is None or layer is None:
         raise InputError(
             f"{folder} does not say which model and layer it was trained on; tell with --layer and the pair, "

@@ -9,7 +9,10 @@ from sae_steer.model.language_model import fingerprint
 from sae_steer.model.loading import read_decoder
 from sae_steer.pair.model_pair import NamedModel, load_pair
 from sae_steer.records import read_json
-from sae_steer.sae.saelens import load_sae, read_metadata
+from sae_steer.runtime import sha256
+from sae_steer.sae.saelens import WEIGHTS_FILE, load_sae, read_metadata
+from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
+from sae_steer.sae.stability import load_stability
 
 
 def describe(path: Path) -> tuple[str, bool]:
@@ -87,11 +90,28 @@ def _dictionary(path: Path) -> tuple[str, bool]:
     shape = f"{config.d_in} -> {config.d_sae}{k}"
     if "final_fve" not in record:
         return f"{config.architecture} dictionary made elsewhere: {shape}", True
-    return (
+    told = (
         f"{config.architecture} dictionary {record['model']}_L{record['layer']}_hook_resid_post: {shape}, "
         f"held-out FVE {record['final_fve']:.4f}, L0 {record['final_l0']:.1f}, "
         f"dead {record['dead_pct_heldout']:.2f} %"
-    ), True
+    )
+    return "\n".join([told, *_seeds(path)]), True
+
+
+def _seeds(path: Path) -> list[str]:
+    """How stable the dictionary's features are over seeds, if that was measured for these weights."""
+    if load_stability(path, sha256(path / WEIGHTS_FILE)) is None:
+        return []
+    record = read_json(path / STABILITY_FILE)
+    which = "all" if record["alive"] is None else "alive"
+    found = record[which]
+    if not found["features"]:
+        return [f"  {record['seeds']} seeds compared; no feature is alive"]
+    shares = [f"{share:.1%} above {level}" for level, share in found["found_in_every_seed"].items()]
+    return [
+        f"  {found['features']} {'' if which == 'all' else 'alive '}features over {record['seeds']} seeds: mean cosine "
+        f"with their matches {found['mean']:.2f}; in every other seed {', '.join(shares)}"
+    ]
 
 
 def _record(path: Path) -> str:

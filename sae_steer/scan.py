@@ -5,6 +5,7 @@
    of target-rendered text also by task, the cluster of every interval and test.
 3. `FeatureScan` answers: rates with Wilson intervals at the design effect of the tasks, log-odds ratios with
    intervals, p of the paired difference corrected over all features (Benjamini-Hochberg), and what is specific.
+4. Where the dictionary was compared with those of other seeds, each feature's stability stands beside.
 """
 
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from sae_steer.errors import InputError
 from sae_steer.records import provenance, read_json, read_table, write_json, write_table
 from sae_steer.runtime import Progress, silent
 from sae_steer.sae.architectures import SparseDictionary
+from sae_steer.sae.stability import SeedStability
 from sae_steer.settings import ScanSettings
 
 RECORD_FILE, TABLE_FILE, BY_TASK_FILE = "feature_diff.json", "features.parquet", "by_task.parquet"
@@ -72,6 +74,8 @@ class FeatureScan:
     """Onsets of target-rendered text, by task."""
     settings: ScanSettings
     record: dict
+    stability: SeedStability | None = None
+    """The dictionary's features in those of other seeds, where they were compared."""
 
     @property
     def d_sae(self) -> int:
@@ -170,15 +174,17 @@ class FeatureScan:
         return resolve_index(feature, self.d_sae)
 
     def table(self, count: int) -> str:
-        """The top features, counts beside the rates."""
-        lines = [
-            f"{'feature':>8} {self.target + ' fires':>16} {self.reference + ' fires':>16} {'log-odds':>22} {'q':>9}"
-        ]
+        """The top features, counts beside the rates; their cosines with other seeds' matches, where there are some."""
+        sides = f"{self.target + ' fires':>16} {self.reference + ' fires':>16}"
+        seeds = "" if self.stability is None else f" {'in other seeds':>17}"
+        lines = [f"{'feature':>8} {sides} {'log-odds':>22} {'q':>9}{seeds}"]
         for feature in self.top(count):
             row = self.row(feature)
             odds = f"{row['log_odds']:.2f} [{row['log_odds_low']:.2f}, {row['log_odds_high']:.2f}]"
             fires = [f"{row[f'{side}_hits']} ({row[f'{side}_rate']:.4f})" for side in ("target", "reference")]
-            lines.append(f"{feature:>8} {fires[0]:>16} {fires[1]:>16} {odds:>22} {row['q']:>9.1e}")
+            if seeds:
+                seeds = f" {row['stability']:>6.2f} (min {row['stability_least']:.2f})"
+            lines.append(f"{feature:>8} {fires[0]:>16} {fires[1]:>16} {odds:>22} {row['q']:>9.1e}{seeds}")
         lines.append(
             f"{self.specific.sum()} of {self.alive.sum()} alive features are specific; "
             f"counted at {self.trials.sum()} onsets of {len(self.trials)} tasks"
@@ -186,8 +192,9 @@ class FeatureScan:
         return "\n".join(lines)
 
     def row(self, feature: int) -> dict:
-        """What the scan knows of one feature."""
-        return {name: column[feature].item() for name, column in self.columns.items()}
+        """What the scan knows of one feature; its stability is None where the dictionary has no other seeds."""
+        known = {name: column[feature].item() for name, column in self.columns.items()}
+        return {"stability": None, "stability_least": None} | known
 
     @cached_property
     def columns(self) -> dict[str, np.ndarray]:
@@ -197,6 +204,8 @@ class FeatureScan:
             effect = stats.design_effect(by_task, self.trials[:, None])
             low, high = stats.wilson(by_task.sum(0), np.full(self.d_sae, self.trials.sum()), deff=effect)
             intervals |= {f"{name}_rate_low": low, f"{name}_rate_high": high}
+        found = self.stability
+        seeds = {} if found is None else {"stability": found.mean, "stability_least": found.least}
         return {
             "feature": np.arange(self.d_sae),
             "target_hits": self.target_hits.sum(0),
@@ -214,6 +223,7 @@ class FeatureScan:
             "percentile": self.percentile,
             "alive": self.alive,
             "specific": self.specific,
+            **seeds,
             **{f"hits/{cell}": hits for cell, hits in self.hits.items()},
         }
 
@@ -271,6 +281,7 @@ def scan_features(
         trials=np.bincount(task),
         settings=settings or ScanSettings(),
         record=dictionary.record,
+        stability=dictionary.stability,
     )
 
 
@@ -327,6 +338,7 @@ def save_scan(scan: FeatureScan, folder: Path, origin: Mapping) -> Path:
         "alive": int(scan.alive.sum()),
         "d_sae": scan.d_sae,
         "criteria": asdict(scan.settings),
+        "seed_stability": scan.stability and scan.stability.sha256,
         "top": [scan.row(feature) for feature in scan.top(TOP)],
         "like_2504": scan.row(nearest[0]) if nearest else None,
     }
@@ -375,7 +387,13 @@ def load_scan(folder: Path, dictionary: Dictionary) -> FeatureScan:
         trials=by_task["onsets"],
         settings=ScanSettings(**record["criteria"]),
         record=dictionary.record,
+        stability=dictionary.stability,
     )
+
+
+def tells_stability(folder: Path, scan: FeatureScan) -> bool:
+    """Whether the saved scan has the stability its dictionary has now: seeds may have been learned since."""
+    return read_json(Path(folder) / RECORD_FILE).get("seed_stability") == (scan.stability and scan.stability.sha256)
 
 
 def _short(model: str) -> str:

@@ -25,7 +25,7 @@ from sae_steer.records import already_done, write_json
 from sae_steer.runtime import Progress, silent, timed
 from sae_steer.sae.log import Log
 from sae_steer.scan import RECORD_FILE as SCAN_RECORD
-from sae_steer.scan import FeatureScan, load_scan, save_scan, scan_features, scan_provenance
+from sae_steer.scan import FeatureScan, load_scan, save_scan, scan_features, scan_provenance, tells_stability
 from sae_steer.settings import (
     DEFAULT_LAYER,
     CacheSettings,
@@ -90,13 +90,16 @@ def find_or_scan(
     force: bool = False,
     on_rows: Progress = silent,
 ) -> FeatureScan:
-    """The scan in `out`, made now unless it is there."""
+    """The scan in `out`, made now unless it is there, with the stability of seeds learned since."""
     settings = settings or ScanSettings()
     origin = scan_provenance(cache, dictionary, settings)
     if not already_done(out / SCAN_RECORD, origin, force=force):
         with _into(out):
             save_scan(scan_features(cache, dictionary, settings=settings, on_rows=on_rows), out, origin)
-    return load_scan(out, dictionary)
+    found = load_scan(out, dictionary)
+    if not tells_stability(out, found):
+        save_scan(found, out, origin)
+    return found
 
 
 def find_or_intervene(

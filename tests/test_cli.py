@@ -391,3 +391,9 @@ def test_torchrun_is_refused_where_one_process_is_meant(monkeypatch):
     ran = steer("report")
     assert ran.exit_code == 1
     assert "report runs in one process; start it without torchrun" in ran.stderr
+
+
+def test_torchrun_may_start_what_shares_its_work(here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in ("cache", "train-sae"):
+        refused(steer(command, "--pair", "nowhere"), "nowhere")

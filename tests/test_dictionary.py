@@ -11,15 +11,20 @@ import torch
 from tiny_pair import SHAPE, lively, write_pair
 
 from sae_steer.cache import ActivationCache, cache_activations
-from sae_steer.dictionary import check_fits, default_folder, load_dictionary, train_sae
+from sae_steer.dictionary import Wanted, check_fits, default_folder, load_dictionary, train_sae, train_saes
 from sae_steer.errors import InputError, StaleError
+from sae_steer.info import describe
 from sae_steer.interventions.edits import ZeroAblate
 from sae_steer.model.decoder import Decoder
 from sae_steer.pair.model_pair import NamedModel, load_pair
 from sae_steer.pair.texts import GeneratedTexts
-from sae_steer.runtime import generator
+from sae_steer.records import read_json, read_table
+from sae_steer.runtime import World, generator
+from sae_steer.sae.evaluation import evaluate
 from sae_steer.sae.log import Quiet, StepFacts
 from sae_steer.sae.saelens_adapter import sae_lens
+from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
+from sae_steer.sae.stability import seed_stability
 from sae_steer.scan import scan_features
 from sae_steer.settings import CacheSettings, CorpusSettings, SAESettings
 
@@ -164,6 +169,57 @@ def test_a_dictionary_that_does_not_say_what_it_was_trained_on_is_refused(whole,
     (folder / "cfg.json").write_text(json.dumps({**config, "metadata": metadata}))
     with pytest.raises(InputError, match="does not say which model and layer"):
         load_dictionary(folder)
+
+
+def test_firings_on_both_splits_stand_beside_the_dictionary(small, whole):
+    found, table = load_dictionary(whole), read_table(whole / "firings.parquet")
+    exact = World.local(precision="float32")
+    for column, split in (("train", "train"), ("heldout", "scan")):
+        firings = evaluate(found.sae, small.rows("adhd", 2, split).in_order(), exact).firings
+        assert np.array_equal(table[column], firings)
+    assert found.record["dead_pct_heldout"] == pytest.approx(100 * (table["heldout"] == 0).mean())
+
+
+def wanted(folder: Path, seeds: tuple[int, ...], **changes) -> list[Wanted]:
+    return [Wanted("adhd", replace(SETTINGS, seed=seed, **changes), folder / f"s{seed}") for seed in seeds]
+
+
+@pytest.fixture(scope="module")
+def seeds(small, tmp_path_factory) -> Path:
+    """The folder of three seeds of one dictionary, and of one of another width; not to be spoilt."""
+    folder = tmp_path_factory.mktemp("seeds")
+    train_saes(small, [*wanted(folder, (0, 1, 2)), *wanted(folder, (3,), d_sae=48)], layer=2)
+    return folder
+
+
+def test_seeds_learned_together_are_compared_and_the_record_says_how(seeds):
+    learned = [load_dictionary(seeds / f"s{seed}") for seed in range(3)]
+    for seed, (own, stability) in enumerate(zip(learned, seed_stability([one.sae for one in learned]), strict=True)):
+        assert np.array_equal(own.stability.cosines, stability.cosines)
+        record = read_json(seeds / f"s{seed}" / STABILITY_FILE)
+        others = {f"seed {other}": learned[other].sha256 for other in range(3) if other != seed}
+        assert record["provenance"]["inputs"] == {"dictionary": own.sha256} | others
+        alive = read_table(seeds / f"s{seed}" / "firings.parquet")["heldout"] > 0
+        assert record["alive"] == stability.summary(alive)
+        told, whole = describe(seeds / f"s{seed}")
+        assert whole
+        assert f"{alive.sum()} alive features over 3 seeds: mean cosine with their matches" in told
+    assert load_dictionary(seeds / "s3").stability is None
+    assert "seeds" not in describe(seeds / "s3")[0]
+
+
+def test_a_seed_learned_later_is_compared_with_those_that_are_there(small, seeds, tmp_path):
+    train_saes(small, wanted(tmp_path, (0, 1)), layer=2)
+    before = load_dictionary(tmp_path / "s0")
+    assert before.stability.cosines.shape == (1, 64)
+    train_saes(small, wanted(tmp_path, (0, 1, 2)), layer=2)
+    for seed in range(3):
+        name = f"s{seed}/{STABILITY_FILE}"
+        assert (tmp_path / name).read_bytes() == (seeds / name).read_bytes()
+    train_saes(small, wanted(tmp_path, (0,)), layer=2)
+    assert load_dictionary(tmp_path / "s0").stability.cosines.shape == (2, 64), "found again, with what is known of it"
+    train_sae(small, model="adhd", layer=2, out=tmp_path / "s0", settings=replace(SETTINGS, lr=0.002), force=True)
+    assert load_dictionary(tmp_path / "s0").stability is None, "other weights have not been compared"
 
 
 def test_the_default_folder_names_what_differs_from_the_default_settings():

@@ -14,6 +14,7 @@ from sae_steer.dictionary import Dictionary
 from sae_steer.errors import InputError
 from sae_steer.runtime import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
+from sae_steer.sae.stability import SeedStability
 from sae_steer.scan import (
     BY_TASK_FILE,
     RECORD_FILE,
@@ -24,8 +25,10 @@ from sae_steer.scan import (
     save_scan,
     scan_features,
     scan_provenance,
+    tells_stability,
 )
 from sae_steer.settings import ScanSettings
+from sae_steer.study import find_or_scan
 
 D_MODEL, D_SAE, PLANTED, SHARED = 16, 16, 5, 2
 TASKS, ROWS = 60, 24
@@ -220,6 +223,50 @@ def test_a_scan_survives_save_and_load_unchanged(saved, scan, dictionary, cache,
     save_scan(loaded, again, scan_provenance(cache, dictionary, scan.settings))
     for name in (RECORD_FILE, TABLE_FILE, BY_TASK_FILE):
         assert (again / name).read_bytes() == (saved / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def of_three_seeds(dictionary):
+    """The dictionary, compared with two others: feature i at cosines .1 and .9 in turn."""
+    d_sae = dictionary.sae.config.d_sae
+    cosines = np.array([np.where(np.arange(d_sae) % 2, 0.9, 0.1), np.full(d_sae, 0.5)])
+    return dataclasses.replace(dictionary, stability=SeedStability(np.zeros((2, d_sae), int), cosines))
+
+
+def test_a_scan_shows_how_stable_features_are_over_seeds(cache, scan, of_three_seeds, tmp_path):
+    shown = scan_features(cache, of_three_seeds)
+    feature = scan.top(1)[0]
+    mean, least = (0.7, 0.5) if feature % 2 else (0.3, 0.1)
+    assert shown.row(feature)["stability"] == pytest.approx(mean)
+    assert shown.row(feature)["stability_least"] == least
+    assert f"{mean:.2f} (min {least:.2f})" in shown.table(1)
+    save_scan(shown, tmp_path, scan_provenance(cache, of_three_seeds, shown.settings))
+    record = json.loads((tmp_path / RECORD_FILE).read_text())
+    assert record["top"][0]["stability"] == pytest.approx(mean)
+    assert load_scan(tmp_path, of_three_seeds).row(feature) == shown.row(feature)
+    assert shown.top(100) == scan.top(100)
+
+
+def test_a_scan_without_other_seeds_says_null(saved, scan):
+    record = json.loads((saved / RECORD_FILE).read_text())
+    assert record["seed_stability"] is None
+    assert {row["stability"] for row in record["top"]} == {None}
+    assert "seeds" not in scan.table(1)
+
+
+def test_seeds_learned_after_a_scan_are_shown_without_counting_again(cache, dictionary, of_three_seeds, tmp_path):
+    found = find_or_scan(cache, dictionary, tmp_path)
+    before = (tmp_path / RECORD_FILE).read_bytes()
+    assert tells_stability(tmp_path, found)
+    counted = []
+    later = find_or_scan(cache, of_three_seeds, tmp_path, on_rows=lambda *told: counted.append(told))
+    assert not counted
+    record = json.loads((tmp_path / RECORD_FILE).read_text())
+    assert record["seed_stability"] == of_three_seeds.stability.sha256
+    assert record["top"] == [later.row(feature) for feature in later.top(20)]
+    assert record["top"][0]["stability"] is not None
+    find_or_scan(cache, dictionary, tmp_path)
+    assert (tmp_path / RECORD_FILE).read_bytes() == before
 
 
 def test_a_scan_of_another_dictionary_is_refused(saved, dictionary):
