@@ -207,6 +207,7 @@ def _figures(train: SAEMetrics, fresh: SAEMetrics) -> dict:
         "dead_pct_heldout": 100 * fresh.dead_share,
         "heldout_rows": fresh.rows,
         "train_rows": train.rows,
+        "density_heldout": asdict(fresh.density),
     }
 
 

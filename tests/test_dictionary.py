@@ -178,6 +178,9 @@ def test_firings_on_both_splits_stand_beside_the_dictionary(small, whole):
         firings = evaluate(found.sae, small.rows("adhd", 2, split).in_order(), exact).firings
         assert np.array_equal(table[column], firings)
     assert found.record["dead_pct_heldout"] == pytest.approx(100 * (table["heldout"] == 0).mean())
+    density = found.record["density_heldout"]
+    assert density["dead"] == (table["heldout"] == 0).sum()
+    assert sum(density["counts"]) == (table["heldout"] > 0).sum()
 
 
 def wanted(folder: Path, seeds: tuple[int, ...], **changes) -> list[Wanted]:

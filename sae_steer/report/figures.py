@@ -1,12 +1,12 @@
-"""The run's charts, each a function of records: how often features fire in the two models, and the layer curves."""
+"""The run's charts, each a function of records: how often features fire, overall and in each model, and the layers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator
 
 from sae_steer.report.drawing import (
     ABOVE,
@@ -123,6 +123,31 @@ def _labelled(axes: Axes, table: Mapping[str, np.ndarray], names: Mapping[int, s
         halo = [withStroke(linewidth=2.5, foreground="white")]
         beside = (1.25 * max(x, ends["reference"][2]), 10**height)
         axes.annotate(name, beside, va="center", fontsize=8.5, zorder=6, path_effects=halo)
+
+
+@styled
+def firing_density(named: Sequence[tuple[str, Record]]) -> Figure:
+    """How many features of each dictionary fire how often on held-out rows, a panel a dictionary.
+
+    Args:
+        named: dictionaries' names and their training records.
+    """
+    figure = figure_of(
+        0.9 + 1.7 * len(named),
+        "How often features fire on held-out rows",
+        "Features in each quarter of a decade of the firing rate; those that never fire there are counted in the text.",
+    )
+    panels = figure.subplots(len(named), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, record) in zip(panels, named, strict=True):
+        density = record["density_heldout"]
+        axes.stairs(density["counts"], density["log10_edges"], fill=True, color=SINGLE, alpha=0.7)
+        dead, rows = count(density["dead"]), count(record["heldout_rows"])
+        axes.set_title(f"{name}: n = {rows} rows, {count(sum(density['counts']))} features fire, {dead} never")
+        axes.set_ylabel("features")
+        axes.xaxis.set_major_locator(MultipleLocator(1))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: setting(10**value)))
+    panels[-1].set_xlabel("fires in this share of the rows")
+    return figure
 
 
 @styled

@@ -67,6 +67,10 @@ def write_report(run: Path, *, on_step: Progress = silent) -> Path:
 def charts(run: RunRecords) -> list[Chart]:
     """Every chart these records allow."""
     found = []
+    named = [(one.name, one.record) for one in run.dictionaries if "density_heldout" in one.record]
+    if named:
+        alt = "How many features of each dictionary fire how often on held-out rows; the dead are tabled above."
+        found.append(Chart("density", alt, partial(figures.firing_density, named)))
     if run.scan and run.features:
         alt = "How often each feature fires in the two models, the first ones tabled below."
         found.append(Chart("firing", alt, partial(figures.firing_scatter, run.scan, run.features, run.studied_here)))

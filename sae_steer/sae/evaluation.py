@@ -3,11 +3,13 @@
 FVE  = 1 - sum ||x - x_hat||^2 / sum ||x - mean||^2,  mean = that of the evaluated rows, in float64
 L0   = features above zero, a row
 dead = share of features that fire in none of these rows
+density = how many of the others fire in which share of the rows, on a logarithmic scale
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,6 +17,21 @@ from torch import Tensor
 from sae_steer.errors import InputError
 from sae_steer.runtime import World
 from sae_steer.sae.architectures import SparseDictionary
+
+BINS_A_DECADE = 4
+"""Of the density: edges at the quarter steps of log10, so that dictionaries compare bin by bin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Density:
+    """How many features fire how often, on a logarithmic scale."""
+
+    log10_edges: list[float]
+    """Of the bins: the firing rate, from the decade of one firing in all rows up to a firing in every row."""
+    counts: list[int]
+    """Features in each bin; one on an edge stands above it."""
+    dead: int
+    """Features that never fire, in no bin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +65,16 @@ class SAEMetrics:
     def rates(self) -> Float[Tensor, " d_sae"]:
         """Share of rows in which each feature fires."""
         return self.firings.double() / self.rows
+
+    @property
+    def density(self) -> Density:
+        """The histogram of the rates, from the decade of the least rate that these rows can show."""
+        largest = np.log10(self.rows)
+        decades = max(int(np.ceil(largest)), 1)
+        edges = np.arange(-decades * BINS_A_DECADE, 1) / BINS_A_DECADE
+        firings = self.firings.numpy()
+        counts, _ = np.histogram(np.log10(firings[firings > 0]) - largest, edges)
+        return Density(log10_edges=edges.tolist(), counts=counts.tolist(), dead=int((firings == 0).sum()))
 
 
 class _Sums:

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from report_records import feature_table, layers, scan, study
+from report_records import feature_table, layers, scan, study, training
 
 from sae_steer.report import effect_figures, figures
 from sae_steer.report.drawing import png_and_svg, spread
@@ -61,6 +61,19 @@ def test_controls_that_all_do_nothing_are_drawn():
             family |= {"means": [0.0] * 99, "low": 0.0, "high": 0.0}
     png, _ = png_and_svg(effect_figures.control_histograms(StudyRecord("feature-7", record)))
     assert png.startswith(b"\x89PNG")
+
+
+def test_the_density_is_drawn_bin_by_bin_for_every_dictionary_and_says_how_many_are_dead():
+    other = training() | {"heldout_rows": 99, "density_heldout": {"log10_edges": [-2, 0], "counts": [7], "dead": 3}}
+    figure = figures.firing_density([("one", training()), ("two", other)])
+    for axes, record in zip(figure.axes, (training(), other), strict=True):
+        (stairs,) = axes.patches
+        assert stairs.get_data().values.tolist() == record["density_heldout"]["counts"]
+        assert stairs.get_data().edges.tolist() == record["density_heldout"]["log10_edges"]
+    for words in ("one: n = 123,457 rows, 4,036 features fire, 60 never", "two: n = 99 rows, 7 features fire, 3 never"):
+        assert words in texts(figure)
+    png_and_svg(figure)
+    assert "0.1 %" in texts(figure)
 
 
 def test_a_probability_of_zero_does_not_break_the_layer_curves():

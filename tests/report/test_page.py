@@ -85,7 +85,7 @@ def test_what_a_record_says_is_on_the_page(run, keys, value, written):
 def test_the_same_records_give_the_same_bytes_and_progress_ends_with_the_whole(reported, run):
     told = []
     write_report(run, on_step=lambda done, total, note="": told.append((done, total)))
-    assert told[-1] == (6, 6)
+    assert told[-1] == (7, 7)
     for path in sorted((reported / "figures").iterdir()):
         assert (run / "figures" / path.name).read_bytes() == path.read_bytes(), path.name
     assert (run / "report.html").read_bytes() == (reported / "report.html").read_bytes()
@@ -110,6 +110,7 @@ def test_every_chart_is_a_png_and_an_svg_of_the_page(reported):
     html = (reported / "report.html").read_text()
     names = {path.stem for path in (reported / "figures").iterdir()}
     assert names == {
+        "density",
         "firing",
         "layers",
         "feature-7-effects",

@@ -1,12 +1,14 @@
 """The fraction of variance explained has one definition."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from sae_steer.errors import InputError
 from sae_steer.runtime import World, generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
-from sae_steer.sae.evaluation import evaluate
+from sae_steer.sae.evaluation import SAEMetrics, evaluate
 
 X = torch.randn(300, 16, generator=generator(4)) + 100 * torch.randn(16, generator=generator(5))
 
@@ -31,6 +33,25 @@ def test_l0_and_dead_share_count_firings(random_sae: TopKSAE, world: World) -> N
     assert metrics.l0 == pytest.approx(float(fires.double().sum(1).mean()))
     assert metrics.dead_share == pytest.approx(float((~fires.any(0)).double().mean()))
     assert torch.equal(metrics.rates, fires.double().mean(0))
+
+
+def test_every_living_feature_is_in_the_bin_of_its_rate(random_sae: TopKSAE, world: World) -> None:
+    random_sae.b_enc.data[::7] = -1e6  # some that never fire
+    metrics = evaluate(random_sae, [X], world)
+    density, rates = metrics.density, metrics.rates
+    assert density.log10_edges == [step / 4 for step in range(-12, 1)], "300 rows: three decades, a quarter each"
+    for (low, high), count in zip(pairwise(density.log10_edges), density.counts, strict=True):
+        assert count == ((rates >= 10**low) & ((rates < 10**high) | (rates == 1) & (high == 0))).sum()
+    assert density.dead == (rates == 0).sum() >= 10
+    assert sum(density.counts) + density.dead == 64
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9, 10, 100, 101, 1000])
+def test_the_least_rate_and_the_largest_are_in_the_histogram(rows: int) -> None:
+    firings = torch.tensor([0, 1, rows])
+    density = SAEMetrics(rows=rows, squared_error=0.0, squared_deviation=1.0, firings=firings).density
+    assert (sum(density.counts), density.dead) == (2, 1)
+    assert density.counts[-1] >= 1
 
 
 def test_the_mean_alone_explains_nothing(world: World) -> None:
