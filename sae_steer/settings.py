@@ -107,7 +107,7 @@ class SAESettings:
     batch_size: int = 2048
     """Rows a step, of all processes together."""
     lr: float | None = None
-    """Peak learning rate; by default 3e-3 at 4,096 features, and falling with the root of their number."""
+    """Peak learning rate; by default 2e-3 at 4,096 features, and falling with the root of their number."""
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises linearly."""
     decay: float = 0.25
@@ -121,6 +121,11 @@ class SAESettings:
     aux_coefficient: float = 1 / 32
     dead_after_rows: int = 200_000
     """A feature silent for so many rows counts as dead."""
+    raise_silent: float = 0.03
+    """Added at a step to the encoder bias of features silent for `raise_after_rows`, less as the rate decays; rows
+    have mean square d_in. 0 for never."""
+    raise_after_rows: int = 10_000
+    """A feature silent for so many rows is raised until it fires again."""
     prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """Matryoshka: the shares of the features that must reconstruct the rows by themselves."""
     bandwidth: float = 0.1
@@ -139,7 +144,7 @@ class SAESettings:
     @property
     def peak_lr(self) -> float:
         """`lr`, or its default for this width."""
-        return self.lr if self.lr is not None else 3e-3 * (4096 / self.d_sae) ** 0.5
+        return self.lr if self.lr is not None else 2e-3 * (4096 / self.d_sae) ** 0.5
 
 
 @dataclass(frozen=True, kw_only=True)

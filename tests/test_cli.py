@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from toy import write_toy_pair
 
+import sae_steer
 from sae_steer.cli import main
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.sae.saelens import load_sae, read_metadata, save_sae
@@ -393,7 +395,15 @@ def test_torchrun_is_refused_where_one_process_is_meant(monkeypatch):
     assert "report runs in one process; start it without torchrun" in ran.stderr
 
 
-def test_torchrun_may_start_what_shares_its_work(here, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in ("cache", "train-sae"):
-        refused(steer(command, "--pair", "nowhere"), "nowhere")
+def test_two_processes_of_torchrun_learn_the_dictionary_of_one(here):
+    environment = {**os.environ, "PYTHONPATH": str(Path(sae_steer.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    known = ("--pair", here / "toy", "--cache", here / "activations/toy", "--precision", "float32")
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sae_steer")
+    command = [str(part) for part in (*launch, *DICTIONARY, *known, "--out", "two")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == "two\n"
+    assert steer(*DICTIONARY, *known, "--out", "one").exit_code == 0
+    two, one = (load_file(f"{folder}/sae_weights.safetensors") for folder in ("two", "one"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)

@@ -29,7 +29,7 @@ from sae_steer.settings import SAESettings
 )
 @click.option("--rows", default=SAESettings.rows, type=COUNT, help="Rows read in all.")
 @click.option("--batch-size", default=SAESettings.batch_size, type=COUNT, help="Rows a step.")
-@click.option("--lr", "peak", type=float, help="Peak learning rate.  [default: 3e-3 * sqrt(4096 / d_sae)]")
+@click.option("--lr", "peak", type=float, help="Peak learning rate.  [default: 2e-3 * sqrt(4096 / d_sae)]")
 @click.option("--warmup", default=SAESettings.warmup, help="Share of the steps in which the learning rate rises.")
 @click.option("--k-warmup", default=SAESettings.k_warmup, help="Share of the steps in which k falls from four times.")
 @click.option("--patience", "wait", type=COUNT, help="Rows without a better FVE before it ends.  [default: never]")

@@ -7,6 +7,9 @@ A step, for rows x of mean zero and mean square d_in:
 3. Let the `aux_k` strongest of the dead features reconstruct the error that is left (Gao et al. 2024, A.2). Which
    features are dead is looked up every `LOOK_EVERY` steps, so that no other step waits for the device.
 4. Adam on all weights; the decoder's gradient has no part along its rows, which stay at norm one.
+5. Raise the encoder bias of features that have been silent for a while, by as much at every step and without a
+   gradient, until they are chosen again: what keeps experts equally busy (Wang et al. 2024, 2408.15664) keeps
+   features alive. Towards the end it fades with the learning rate, which then could not fit what is raised.
 """
 
 import math
@@ -227,6 +230,9 @@ def _update(learner: Learner, x: Tensor, parts: list[Part], threshold: Tensor | 
         _adam(learner, "threshold", world.sum_(threshold), rates)
         learner.threshold.clamp_min_(0)
     learner.silent_rows = (learner.silent_rows + len(x) * world.size).masked_fill_(fired > 0, 0)
+    settings = learner.settings
+    lift = settings.raise_silent * lr / settings.peak_lr
+    learner.b_enc += lift * (learner.silent_rows > settings.raise_after_rows)
 
 
 def _adam_matrices(learner: Learner, found: FeatureGradients, rates: tuple[float, float, float]) -> None:

@@ -62,24 +62,30 @@ def test_training_on_larger_rows_gives_the_same_directions(planted, planted_rows
     assert torch.equal(4 * small.b_dec, large.b_dec)
 
 
-def test_features_die_and_the_auxiliary_loss_revives_them(planted_rows, world: World) -> None:
+def test_features_die_and_are_revived_by_the_auxiliary_loss_or_by_being_raised(planted_rows, world: World) -> None:
     rich = planted_rows(features=400, active=4)
-    settings = SAESettings(
+    neither = SAESettings(
         d_sae=512,
         k=8,
         rows=300 * 256,
         batch_size=256,
         lr=3e-2,
         aux_k=16,
-        aux_coefficient=0.25,
+        aux_coefficient=0.0,
+        raise_silent=0.0,
         dead_after_rows=5_000,
         precision="float32",
     )
-    with_aux, without = Kept(), Kept()
-    train_dictionary(rich, settings, world=world, log=with_aux)
-    train_dictionary(rich, replace(settings, aux_coefficient=0.0), world=world, log=without)
-    assert without.facts[-1].dead > 0.2, "nothing died, so nothing was tested"
-    assert with_aux.facts[-1].dead < 0.7 * without.facts[-1].dead
+
+    def dead(**changes: float) -> float:
+        log = Kept()
+        train_dictionary(rich, replace(neither, **changes), world=world, log=log)
+        return log.facts[-1].dead
+
+    died = dead()
+    assert died > 0.2, "nothing died, so nothing was tested"
+    assert dead(aux_coefficient=0.25) < 0.7 * died
+    assert dead(raise_silent=0.03, raise_after_rows=1_000) < 0.5 * died
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_nothing() -> None:
