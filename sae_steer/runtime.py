@@ -6,11 +6,13 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from torch import Tensor
 from sae_steer.errors import InputError, SteerError
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+Item, Made = TypeVar("Item"), TypeVar("Made")
 UNFINISHED = ".tmp"
 """How the name of a file ends while it is written."""
 
@@ -142,6 +145,29 @@ def generator(*seeds: int) -> torch.Generator:
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
         mixed ^= mixed >> 31
     return torch.Generator().manual_seed(mixed % 2**63)
+
+
+def in_threads(work: Callable[[Item], Made], items: Sequence[Item], device: torch.device) -> list[Made]:
+    """[work(item) for every item], on a CPU as many at once as torch has threads, each by one thread alone.
+
+    Small tensors lose more to waking and joining threads within every operation than they gain.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return list(map(work, items) if threads == 1 else _single_threads(threads).map(work, items))
+
+
+@cache
+def _single_threads(threads: int) -> ThreadPoolExecutor:
+    """Threads in each of which torch computes with one thread."""
+
+    def alone() -> None:
+        torch.get_num_threads()  # the first call in a thread would undo the next line
+        torch.set_num_threads(1)
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="sae_steer", initializer=alone)
+    list(pool.map(time.sleep, [0.01] * threads))  # all are started
+    torch.set_num_threads(threads)  # what threads made later begin with
+    return pool
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from sae_steer.errors import InputError, SteerError
 from sae_steer.runtime import (
     World,
     generator,
+    in_threads,
     read_tensors,
     replacing,
     sha256,
@@ -30,6 +32,35 @@ from sae_steer.runtime import (
 
 def full(*arguments, **named):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_work_in_threads_keeps_its_order_and_computes_each_item_by_one_thread(three_threads):
+    together = threading.Barrier(3, timeout=20)
+
+    def work(item):
+        together.wait()  # three at once, or this breaks
+        return item, torch.get_num_threads()
+
+    assert in_threads(work, range(9), torch.device("cpu")) == [(item, 1) for item in range(9)]
+    assert torch.get_num_threads() == 3
+    inside = []
+    fresh = threading.Thread(target=lambda: inside.append(torch.get_num_threads()))
+    fresh.start()
+    fresh.join()
+    assert inside == [3], "threads made later begin with torch's own number"
+
+
+def test_what_fails_in_a_thread_fails_outside(three_threads):
+    with pytest.raises(ZeroDivisionError):
+        in_threads(lambda item: 1 // item, [1, 0, 1], torch.device("cpu"))
 
 
 def test_what_is_written_is_read(tmp_path):

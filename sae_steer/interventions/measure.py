@@ -16,9 +16,10 @@ from torch import Tensor
 from sae_steer.interventions.edits import Fan, Patch
 from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.language_model import LanguageModel
-from sae_steer.model.readout import TargetMass, divergence, off_target_nats
+from sae_steer.model.readout import TargetMass, divergence, nats, off_target_nats
 from sae_steer.model.replay import CleanPass, Edit, gather
 from sae_steer.pair.texts import Text
+from sae_steer.runtime import in_threads
 
 TOKENS_PER_BATCH = 4_096
 ELSEWHERE = "elsewhere"
@@ -142,23 +143,21 @@ class Request:
         tokens, positions, real = (part.to(device) for part in (batch.tokens, batch.positions, batch.real))
         following = tokens.gather(1, (positions + 1).clamp(max=tokens.shape[1] - 1))[real]
         read = self._joint if self.joint else self._single
-        base, columns = None, []
-        for edit in self.edits:
+        ids = measure.ids if isinstance(measure, TargetMass) else ()
+
+        def under(edit: Edit | Patch) -> tuple[Tensor, Tensor]:
             logits, moved = read(clean, batch, positions, edit)
-            logits, moved = logits[real], moved[real]
-            base = logits if base is None else base
-            ids = measure.ids if isinstance(measure, TargetMass) else ()
-            columns.append(
-                torch.stack(
-                    [
-                        measure(logits).double(),
-                        moved.double(),
-                        divergence(base, logits),
-                        off_target_nats(logits, ids, following),
-                    ]
-                )
-            )
-        return torch.stack(columns, dim=-1).cpu().unbind(0)
+            return logits[real], moved[real]
+
+        def column(logits: Tensor, moved: Tensor) -> Tensor:
+            known = nats(logits)
+            sides = divergence(base, known), off_target_nats(known, ids, following)
+            return torch.stack([measure(logits).double(), moved.double(), *sides])
+
+        first = in_threads(under, self.edits[:1], device)[0]
+        base = nats(first[0])
+        others = in_threads(lambda edit: column(*under(edit)), self.edits[1:], device)
+        return torch.stack([column(*first), *others], dim=-1).cpu().unbind(0)
 
     def _single(
         self, clean: CleanPass, batch: OnsetBatch, positions: Tensor, edit: Edit | Patch
@@ -190,14 +189,15 @@ class FanRequest:
         batch = self.onsets.batches[number]
         before = clean.at(batch.positions.to(clean.resid.device))
         lengths = self.fan.lengths(before)
-        values = []
-        for row, slot in batch.real.nonzero().tolist():
+
+        def at(place: list[int]) -> Tensor:
+            row, slot = place
             here, position = before[row, slot], int(batch.positions[row, slot])
             if lengths[row, slot] > 0:
-                copies = self.fan(here, lengths[row, slot])
-                values.append(clean.read_many(row, position, copies, measure))
-            else:
-                values.append(clean.read_many(row, position, here[None], measure).expand(len(self.fan)))
+                return clean.read_many(row, position, self.fan(here, lengths[row, slot]), measure)
+            return clean.read_many(row, position, here[None], measure).expand(len(self.fan))
+
+        values = in_threads(at, batch.real.nonzero().tolist(), before.device)
         return (torch.stack(values).double().cpu(),)
 
 

@@ -23,12 +23,13 @@ from sae_steer.model.replay import edited
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.quality import sample_plans, step_counts
 from sae_steer.pair.texts import Text
+from sae_steer.runtime import in_threads
 from sae_steer.settings import InterveneSettings
 
 STEPS, STRICT, LENIENT = range(3)
 MATCHERS = {"strict": STRICT, "lenient": LENIENT}
-TOGETHER = 8
-"""Parts of the prompts sampled at once: 640 plans by default."""
+TOGETHER = {"cpu": 1, "cuda": 8}
+"""Samples of every prompt in one batch; on a CPU each thread draws one, on a GPU more rows cost no more."""
 
 
 def plan_prompts(pair: ModelPair, texts: Sequence[Text]) -> list[tuple[str, int]]:
@@ -72,14 +73,16 @@ class SampledArms:
 
     def _sample(self, model: NamedModel, seeds: int, edit: AbstractContextManager) -> Int[np.ndarray, "prompt seed 3"]:
         """One plan a prompt and seed; the same seed is the same noise, edited or not."""
-        titles, texts = [title for title, _ in self.prompts], []
-        temperature, seed = self.settings.temperature, self.settings.seed
+        titles, device = [title for title, _ in self.prompts], model.decoder.device
+        temperature, seed, together = self.settings.temperature, self.settings.seed, TOGETHER.get(device.type, 1)
+
+        def draw(parts: range) -> list[str]:
+            repeated = titles * len(parts)
+            return sample_plans(self.pair, model, repeated, temperature=temperature, seeds=(seed,), parts=parts)
+
+        batches = [range(start, min(start + together, seeds)) for start in range(0, seeds, together)]
         with edit:
-            for start in range(0, seeds, TOGETHER):
-                parts = range(start, min(start + TOGETHER, seeds))
-                texts += sample_plans(
-                    self.pair, model, titles * len(parts), temperature=temperature, seeds=(seed,), parts=parts
-                )
+            texts = [text for drawn in in_threads(draw, batches, device) for text in drawn]
         return step_counts(texts, self.pair).reshape(seeds, len(titles), 3).transpose(1, 0, 2)
 
 

@@ -60,12 +60,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch query d_model"], rope: "Rope", attend: Attend):
         """What the heads write to the residual stream."""
-        q, k, v = (
-            rearrange(proj(x), "batch query (head d_head) -> batch head query d_head", d_head=self.d_head)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = attend(self.layer, rope(q), rope(k), v)
+        mixed = attend(self.layer, rope(self._heads(self.q_proj, x)), *self.keys_and_values(x, rope))
         return self.o_proj(rearrange(mixed, "batch head query d_head -> batch query (head d_head)"))
+
+    def keys_and_values(self, x: Float[Tensor, "batch query d_model"], rope: "Rope") -> tuple[KVHeads, KVHeads]:
+        """What later tokens read of these."""
+        return rope(self._heads(self.k_proj, x)), self._heads(self.v_proj, x)
+
+    def _heads(self, proj: nn.Linear, x: Float[Tensor, "batch query d_model"]) -> Heads:
+        return rearrange(proj(x), "batch query (head d_head) -> batch head query d_head", d_head=self.d_head)
 
 
 class MLP(nn.Module):
@@ -218,6 +221,13 @@ class Decoder(nn.Module):
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Final norm and unembedding; on a stream below the last block, the logit lens."""
         return F.linear(self.norm(resid), self.W_U)
+
+    def unembed_frozen(
+        self, resid: Float[Tensor, "*rows d_model"], change: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows vocab"]:
+        """Logits of resid + change, the final norm dividing by what it divides `resid` by."""
+        scale = resid.pow(2).mean(-1, keepdim=True).add(self.norm.eps).rsqrt()
+        return F.linear((resid + change) * scale * self.gain, self.W_U)
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits."""

@@ -74,6 +74,11 @@ class LanguageModel(Protocol):
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Final norm and unembedding; on a stream below the last block, the logit lens."""
 
+    def unembed_frozen(
+        self, resid: Float[Tensor, "*rows d_model"], change: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows vocab"]:
+        """Logits of resid + change, the final norm dividing by what it divides `resid` by."""
+
     def __call__(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits."""
 

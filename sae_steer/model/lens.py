@@ -250,6 +250,22 @@ class LensModel(nn.Module):
         logits = self.hooked(flat, start_at_layer=self.shape.n_layers, return_type="logits")
         return logits.reshape(*resid.shape[:-1], logits.shape[-1])
 
+    def unembed_frozen(
+        self, resid: Float[Tensor, "*rows d_model"], change: Float[Tensor, "*rows d_model"]
+    ) -> Float[Tensor, "*rows vocab"]:
+        """Logits of resid + change, the final norm dividing by what it divides `resid` by."""
+        if self.shape.normalization_type is None:
+            return self.unembed(resid + change)
+        scale: list[Tensor] = []
+
+        def keep(value: Tensor, hook: object) -> None:
+            scale.append(value)
+
+        with self.hooked.hooks([("ln_final.hook_scale", keep)]):
+            self.unembed(resid)
+        with self.hooked.hooks([("ln_final.hook_scale", lambda value, hook: scale[0])]):
+            return self.unembed(resid + change)
+
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits."""
         return self.hooked(tokens, return_type="logits", **self._right_padded)

@@ -27,17 +27,25 @@ class TargetMass:
         return logits.softmax(-1)[..., list(self.ids)].sum(-1)
 
 
+def nats(logits: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+    """Log-probabilities of the next token, float64."""
+    return logits.double().log_softmax(-1)
+
+
 def divergence(before: Float[Tensor, "*rows vocab"], after: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows"]:
-    """KL(before || after) of the next-token distributions, in nats."""
-    known, new = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    return (known.exp() * (known - new)).sum(-1)
+    """KL(before || after) of two predictions given as `nats`."""
+    return (before.exp() * (before - after)).sum(-1)
 
 
 def off_target_nats(
-    logits: Float[Tensor, "*rows vocab"], ids: tuple[int, ...], following: Int[Tensor, "*rows"]
+    known: Float[Tensor, "*rows vocab"], ids: tuple[int, ...], following: Int[Tensor, "*rows"]
 ) -> Float[Tensor, "*rows"]:
-    """Cross-entropy of the token that follows, among the tokens outside `ids`; NaN where one of `ids` follows."""
-    rest = logits.to(torch.float64, copy=True)
-    rest[..., list(ids)] = float("-inf")
-    nats = -rest.log_softmax(-1).gather(-1, following[..., None])[..., 0]
-    return nats.masked_fill(nats.isinf(), float("nan"))
+    """Cross-entropy of the token that follows, among the tokens outside `ids`; NaN where one of `ids` follows.
+
+    Args:
+        known: the prediction as `nats`.
+    """
+    within = known.new_zeros(known.shape[-1], dtype=torch.bool)
+    within[list(ids)] = True
+    rest = torch.log1p(-known[..., within].exp().sum(-1).clamp(max=1))
+    return (rest - known.gather(-1, following[..., None])[..., 0]).masked_fill(within[following], float("nan"))

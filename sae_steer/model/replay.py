@@ -6,7 +6,7 @@ An edit after block L at position t leaves every layer up to L and every positio
 2. an edit of one position costs one token through the blocks above, which reads the stored keys and
    values of earlier positions and its own new ones: few edits at every position of a batch of texts
    (`read_single`), or hundreds at one position, on exactly the keys it reads (`read_many`);
-3. edits of many positions together cost the blocks above alone (`read_joint`).
+3. edits of many positions together cost the blocks above alone, the last of them only where it is read (`read_joint`).
 
 `whole_pass` is what replay must equal: the full model with the edit in it, by hook.
 
@@ -14,6 +14,7 @@ The only module that edits activations.
 """
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from sae_steer.errors import InputError, NotDeliveredError
 from sae_steer.model.language_model import LanguageModel
-from sae_steer.model.suffix import Suffix, suffix_of
+from sae_steer.model.suffix import Suffix, gather, suffix_of
 
 Edit = Callable[[Tensor], Tensor]
 """Residual rows [*rows, d_model] -> the rows that replace them."""
@@ -55,19 +56,19 @@ def edited(
     """
     layer = _layer_of(site, model)
     wanted = None if after is None else torch.tensor(after, device=model.device)
-    seen: dict[str, Tensor] = {}
+    seen = threading.local()  # threads may run the model side by side
     met = 0
 
     def remember(module, inputs):
-        seen["tokens"] = inputs[0]
+        seen.tokens = inputs[0]
 
     def apply(module, inputs, resid):
         nonlocal met
         if wanted is None and at is None:
             met += resid.shape[0] * resid.shape[1]
             return edit(resid)
-        assert seen["tokens"].shape == resid.shape[:2], "run the model from its tokens: the edit follows some of them"
-        here = torch.isin(seen["tokens"], wanted) if at is None else at
+        assert seen.tokens.shape == resid.shape[:2], "run the model from its tokens: the edit follows some of them"
+        here = torch.isin(seen.tokens, wanted) if at is None else at
         met += int(here.sum())
         changed = resid.clone()
         changed[here] = edit(resid[here])
@@ -142,7 +143,7 @@ class CleanPass:
         """What `readout` makes of the next-token logits at one position of one text, had the stream there alone
         been each of `resid`.
         """
-        parts = resid.split(ROWS)
+        parts = resid.tensor_split(-(-len(resid) // ROWS))
         return torch.cat([readout(self.model.unembed(self.above.many(row, position, part))) for part in parts])
 
     @torch.no_grad()
@@ -159,16 +160,8 @@ class CleanPass:
         copies = resid.shape[0]
         whole = self.resid.repeat(copies, 1, 1, 1)
         whole[:, at] = resid
-        carried = self.above.run(rearrange(whole, "copy batch ... -> (copy batch) ..."))
-        picked = gather(carried, positions.repeat(copies, 1))
+        picked = self.above.joint(rearrange(whole, "copy batch ... -> (copy batch) ..."), positions.repeat(copies, 1))
         return rearrange(self.model.unembed(picked), "(copy batch) ... -> copy batch ...", copy=copies)
-
-
-def gather(
-    stream: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch edit"]
-) -> Float[Tensor, "batch edit d_model"]:
-    """A stream at some positions of each text."""
-    return stream.gather(1, positions[..., None].expand(-1, -1, stream.shape[-1]))
 
 
 def _layer_of(site: str, model: LanguageModel) -> int:

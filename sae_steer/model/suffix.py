@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sae_steer.model.decoder import Decoder, Heads, KVHeads, Storing
+from sae_steer.model.decoder import Decoder, Heads, KVHeads, Rope, Storing
 from sae_steer.model.language_model import LanguageModel
 
 
@@ -20,8 +20,10 @@ from sae_steer.model.language_model import LanguageModel
 class Suffix(Protocol):
     """The blocks from one on, and what the clean pass stored in them."""
 
-    def run(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Whole texts carried through the blocks."""
+    def joint(
+        self, resid: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch edit"]
+    ) -> Float[Tensor, "batch edit d_model"]:
+        """Whole texts carried through the blocks, and read at `positions` alone."""
 
     def many(self, row: int, position: int, resid: Float[Tensor, " copy d_model"]) -> Float[Tensor, " copy d_model"]:
         """Replacements of one token of one text, each carried through the blocks alone."""
@@ -41,6 +43,13 @@ def suffix_of(model: LanguageModel, resid: Float[Tensor, "batch pos d_model"], s
     return LensSuffix(model, start, model.keys_and_values(resid, start))
 
 
+def gather(
+    stream: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch edit"]
+) -> Float[Tensor, "batch edit d_model"]:
+    """A stream at some positions of each text."""
+    return stream.gather(1, positions[..., None].expand(-1, -1, stream.shape[-1]))
+
+
 @dataclass(frozen=True)
 class DecoderSuffix:
     """Of the native decoder: a replayed token attends by `Stored` or `StoredPrefix`."""
@@ -49,9 +58,23 @@ class DecoderSuffix:
     start: int
     stored: Storing
 
-    def run(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Whole texts carried through the blocks."""
-        return self.model.run(resid, start=self.start)
+    def joint(
+        self, resid: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch edit"]
+    ) -> Float[Tensor, "batch edit d_model"]:
+        """Whole texts carried through the blocks, and read at `positions` alone.
+
+        The last block gives keys and values of every token, and runs where it is read.
+        """
+        last = self.model.shape.n_layers - 1
+        if self.start > last:
+            return gather(resid, positions)
+        resid = self.model.run(resid[:, : int(positions.max()) + 1], start=self.start, stop=last)
+        edited, block = Storing(), self.model.layers[last]
+        rope = Rope.at(torch.arange(resid.shape[1], device=resid.device), self.model.shape)
+        edited.keys[last], edited.values[last] = block.self_attn.keys_and_values(block.input_layernorm(resid), rope)
+        return self.model.run(
+            gather(resid, positions), start=last, attend=Stored(edited, positions), positions=positions
+        )
 
     def many(self, row: int, position: int, resid: Float[Tensor, " copy d_model"]) -> Float[Tensor, " copy d_model"]:
         """Replacements of one token of one text, each carried through the blocks alone."""
@@ -81,9 +104,11 @@ class LensSuffix:
     stored: dict[int, tuple[Tensor, Tensor]]
     """By layer: keys, as TransformerLens caches them, and values, [batch, pos, kv_head, d_head]."""
 
-    def run(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        """Whole texts carried through the blocks."""
-        return self.model.run(resid, start=self.start)
+    def joint(
+        self, resid: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch edit"]
+    ) -> Float[Tensor, "batch edit d_model"]:
+        """Whole texts carried through the blocks, and read at `positions` alone."""
+        return gather(self.model.run(resid, start=self.start), positions)
 
     def many(self, row: int, position: int, resid: Float[Tensor, " copy d_model"]) -> Float[Tensor, " copy d_model"]:
         """Replacements of one token of one text, each carried through the blocks alone."""

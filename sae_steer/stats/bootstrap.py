@@ -1,6 +1,7 @@
 """Means and shares of clustered rows, with intervals and p that resample whole clusters."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float, Int, Real
@@ -105,12 +106,15 @@ def cluster_bootstrap_ratio(
     )
 
 
+@lru_cache(maxsize=4)
 def _resampled_counts(clusters: int, draws: int, seed: int) -> Float[np.ndarray, "draw cluster"]:
-    """How often each resample holds each cluster."""
+    """How often each resample holds each cluster; kept, because a study asks for the same ones hundreds of times."""
     picks = np.random.default_rng(seed).integers(clusters, size=(draws, clusters))
     cells = picks + clusters * np.arange(draws)[:, None]
     counts = np.bincount(cells.ravel(), minlength=draws * clusters)
-    return counts.reshape(draws, clusters).astype(np.float64)
+    found = counts.reshape(draws, clusters).astype(np.float64)
+    found.flags.writeable = False  # shared by all that ask
+    return found
 
 
 def influence(
