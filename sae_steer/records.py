@@ -7,7 +7,7 @@ finished output again by them: the same settings and inputs, it is reused; other
 import dataclasses
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,23 +62,34 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not a whole record ({error}); write it again with --force") from error
 
 
-def write_table(path: Path, columns: Mapping[str, Any]) -> Path:
-    """Write equally long columns as a Parquet table."""
+def write_table(path: Path, columns: Mapping[str, Any], more: Iterable[Mapping[str, Any]] = ()) -> Path:
+    """Write equally long columns as a Parquet table.
+
+    Args:
+        more: further rows of the same columns, a part at a time, so that they need not be in memory together.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with replacing(path) as scratch:
-        pq.write_table(pa.table(dict(columns)), scratch)
+    first = pa.table(dict(columns))
+    with replacing(path) as scratch, pq.ParquetWriter(scratch, first.schema, compression="zstd") as writer:
+        writer.write_table(first)
+        for part in more:
+            writer.write_table(pa.table(dict(part), schema=first.schema))
     return Path(path)
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """The columns of a Parquet table, as numpy arrays."""
+def read_table(path: Path, where: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The columns of a Parquet table, as numpy arrays.
+
+    Args:
+        where: {column: value} that the rows read must have.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, filters=[(name, "==", value) for name, value in (where or {}).items()] or None)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} is not a whole table ({error}); write it again with --force") from error
     return {name: table.column(name).to_numpy() for name in table.column_names}

@@ -94,6 +94,15 @@ def test_a_table_survives_the_round_trip(tmp_path):
         np.testing.assert_array_equal(found[name], column)
 
 
+def test_a_table_written_in_parts_is_read_whole_or_by_value(tmp_path):
+    def part(name: str, start: int) -> dict:
+        return {"name": np.full(3, name), "a": np.arange(start, start + 3)}
+
+    path = write_table(tmp_path / "table.parquet", part("", 0), (part(f"n{i}", 10 * i) for i in (1, 2)))
+    assert read_table(path)["a"].tolist() == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+    assert read_table(path, {"name": "n1"})["a"].tolist() == [10, 11, 12]
+
+
 def test_a_table_that_is_not_whole_is_named(tmp_path):
     path = write_table(tmp_path / "table.parquet", {"a": np.arange(3)})
     path.write_bytes(path.read_bytes()[:-5])

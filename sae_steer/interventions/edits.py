@@ -55,6 +55,37 @@ class ZeroAblate:
 
 
 @dataclass(frozen=True)
+class AblateGroup:
+    """h - strength * sum over the group of f(h) * W_dec[f]: at strength one all its contributions are gone."""
+
+    sae: SparseDictionary
+    features: tuple[int, ...]
+    strength: float = 1.0
+
+    def __call__(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The rows without the group; rows where all of it is silent are untouched."""
+        codes = self.sae.encode(resid.reshape(-1, resid.shape[-1]))
+        active = torch.stack([codes.of_feature(feature) for feature in self.features], dim=1)
+        written = active @ torch.stack([self.sae.direction(feature) for feature in self.features])
+        return resid - self.strength * written.reshape(resid.shape)
+
+
+@dataclass
+class Remembered:
+    """An edit that keeps what it made of the last rows: the controls of an ablation all ask for the same."""
+
+    edit: Edit
+    _kept: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        """The edit's own."""
+        kept = self._kept  # another thread may replace it
+        if kept is None or not torch.equal(kept[0], resid):
+            self._kept = kept = resid, self.edit(resid)
+        return kept[1]
+
+
+@dataclass(frozen=True)
 class Control:
     """`edit`'s change of every row, turned into another direction at the same length."""
 

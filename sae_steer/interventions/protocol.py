@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -26,10 +26,13 @@ from sae_steer.interventions.readings import (
     MODES,
     PATCH,
     ArmReading,
+    ControlRows,
     Onsets,
     families_of,
+    joint_controls,
     read_arm,
     read_joint_controls,
+    single_controls,
     trials,
 )
 from sae_steer.interventions.verdict import LEVEL, ModeTests, Verdict, judge, judge_study, listed
@@ -52,6 +55,8 @@ class Evidence:
     record: dict
     """The part of a study's record that the readings fill."""
     trials: dict[str, np.ndarray]
+    controls: tuple[ControlRows, ...]
+    """The trials of the control directions."""
 
 
 def weigh(
@@ -90,7 +95,9 @@ def weigh(
         "variants": [record for _, record in judged.values()],
     }
     on_step(len(arms), len(arms), "judged")
-    return Evidence(record["verdict"], verdicts, record, trials(readings, onsets, settings))
+    controls = [part for found in readings for part in single_controls(found, onsets, settings)]
+    controls += [part for name in verdicts for part in weighing.joint_controls[name]]
+    return Evidence(record["verdict"], verdicts, record, trials(readings, onsets, settings), tuple(controls))
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ class Weighing:
     onsets: Onsets
     measure: Measure
     settings: InterveneSettings
+    joint_controls: dict[str, list[ControlRows]] = field(default_factory=dict)
+    """By variant; filled as they are judged."""
 
     @cached_property
     def gap(self) -> dict[str, Float[np.ndarray, " _row"]]:
@@ -212,6 +221,7 @@ class Weighing:
             after, edit = 2, 1
         means = (reading.value - reading.value[:, :1]).mean(axis=0)
         places = families_of(arm, count, after=after)
+        self.joint_controls[name] = joint_controls(found, reading, places, self.onsets, settings)
         by_family = {(family, settings.primary_dose): means[at] for family, at in places.items()}
         return {
             "n": len(self.onsets.joint_doses),

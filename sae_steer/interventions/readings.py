@@ -1,6 +1,6 @@
 """What an arm does at the confirm split's onsets: every dose, both modes, and all the directions beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from sae_steer.errors import InputError
 from sae_steer.interventions.bench import Arm
-from sae_steer.interventions.edits import Control
+from sae_steer.interventions.edits import Control, Remembered
 from sae_steer.interventions.measure import (
     ELSEWHERE,
     FanRequest,
@@ -132,7 +132,7 @@ def read_joint_controls(arm: Arm, onsets: Onsets, measure: Measure, settings: In
 
 
 def _controls(arm: Arm, settings: InterveneSettings, count: int) -> list[Control]:
-    edit = arm.edit(settings.primary_dose)
+    edit = Remembered(arm.edit(settings.primary_dose))
     return [Control(edit, unit) for drawn in arm.families.values() for unit in drawn[:count]]
 
 
@@ -145,8 +145,76 @@ def families_of(arm: Arm, count: int, *, after: int) -> dict[str, slice]:
     return found
 
 
+@dataclass(frozen=True)
+class ControlRows:
+    """What the control directions of one family did at the primary dose, onset by onset."""
+
+    variant: str
+    mode: str
+    family: str
+    dose: float
+    rows: OnsetRows
+    base: Float[np.ndarray, " row"]
+    value: Float[np.ndarray, "row direction"]
+    delivered: Float[np.ndarray, "row direction"]
+    kl: Float[np.ndarray, "row direction"]
+    """NaN where it was not read, as for hundreds of directions at each onset alone."""
+    off_target: Float[np.ndarray, "row direction"]
+    """Its change."""
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Those of `trial_rows`, direction by direction."""
+        n, directions = self.value.shape
+        names = [f"{self.family} {number}" for number in range(directions)]
+        known = {"prompt": self.rows.prompt, "task": self.rows.task, "position": self.rows.position}
+        known |= {"next_is_target": self.rows.is_target, "p_base": self.base}
+        return {
+            "variant": np.full(n * directions, self.variant),
+            "mode": np.full(n * directions, self.mode),
+            "family": np.full(n * directions, self.family),
+            "direction": np.repeat(names, n),
+            "dose": np.full(n * directions, self.dose),
+            **{name: np.tile(column, directions) for name, column in known.items()},
+            "p_edited": self.value.T.ravel(),
+            "delivered_norm": self.delivered.T.ravel(),
+            "kl": self.kl.T.ravel(),
+            "off_target_nats_change": self.off_target.T.ravel(),
+        }
+
+
+def single_controls(found: ArmReading, onsets: Onsets, settings: InterveneSettings) -> list[ControlRows]:
+    """Those of every family, each onset edited alone."""
+    dose, alone = settings.primary_dose, found.readings["single"]
+    delivered = alone.delivered[:, [found.column("single", EDIT, dose)]]  # theirs is matched to it
+    parts = []
+    for family in found.arm.families:
+        value = found.controls[family, dose]
+        unread = np.broadcast_to(np.nan, value.shape)
+        parts.append(
+            ControlRows(
+                found.arm.variant.name, "single", family, dose, onsets.single, found.base("single"),
+                value, np.broadcast_to(delivered, value.shape), unread, unread,
+            )
+        )  # fmt: skip
+    return parts
+
+
+def joint_controls(
+    found: ArmReading, reading: Reading, places: Mapping[str, slice], onsets: Onsets, settings: InterveneSettings
+) -> list[ControlRows]:
+    """Those of every family, all onsets of some texts edited together; `places` says where each stands in `reading`."""
+    return [
+        ControlRows(
+            found.arm.variant.name, "joint", family, settings.primary_dose, onsets.joint_doses, reading.value[:, 0],
+            reading.value[:, at], reading.delivered[:, at], reading.kl[:, at],
+            reading.off_target[:, at] - reading.off_target[:, :1],
+        )
+        for family, at in places.items()
+    ]  # fmt: skip
+
+
 def trials(readings: Sequence[ArmReading], onsets: Onsets, settings: InterveneSettings) -> dict[str, np.ndarray]:
-    """One row a prompt x onset x variant x dose x direction x mode; controls stand in the record by their means."""
+    """One row a prompt x onset x variant x dose x direction x mode; those of control directions are `ControlRows`."""
     parts: list[dict[str, np.ndarray]] = []
     for found in readings:
         variant = found.arm.variant.name
@@ -156,18 +224,22 @@ def trials(readings: Sequence[ArmReading], onsets: Onsets, settings: InterveneSe
                 if mode == JOINT_DOSES and (direction, dose) in found.columns["joint"]:
                     continue  # read on all texts
                 label = found.arm.flavour if direction == EDIT else direction
-                parts.append(_trial(rows, reading, column, variant, named, label, dose))
-        parts.append(_trial(onsets.joint_doses, found.elsewhere, 1, variant, "joint", ELSEWHERE, settings.primary_dose))
+                parts.append(trial_rows(rows, reading, column, variant, named, label, dose))
+        parts.append(
+            trial_rows(onsets.joint_doses, found.elsewhere, 1, variant, "joint", ELSEWHERE, settings.primary_dose)
+        )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _trial(
+def trial_rows(
     rows: OnsetRows, reading: Reading, column: int, variant: str, mode: str, direction: str, dose: float
 ) -> dict[str, np.ndarray]:
+    """One row an onset: the edit that stands in `column` of a reading."""
     n, base, value = len(rows), reading.value[:, 0], reading.value[:, column]
     return {
         "variant": np.full(n, variant),
         "mode": np.full(n, mode),
+        "family": np.full(n, ""),
         "direction": np.full(n, direction),
         "dose": np.full(n, dose),
         "prompt": rows.prompt,

@@ -1,7 +1,8 @@
 """A study in the released InterpGPT files' names and keys, as far as they are known; what it cannot fill is null.
 
-`three_probes.json` has the released keys. Of `deepdive_steering.json` only the content is known: the four panels of
-one feature, each with its sampled rates and the null they are compared with.
+`three_probes.json` has the released keys; its features are counted at the confirm texts' onsets. Of
+`deepdive_steering.json` only the content is known: the four panels of one feature, each with its sampled rates and
+the null they are compared with.
 """
 
 from collections.abc import Mapping
@@ -26,12 +27,29 @@ def deepdive_steering(record: Mapping) -> dict:
 
 
 def three_probes(record: Mapping) -> dict:
-    """The released keys; probe 1 is the scan's to fill, and the all-positions ablation needs `--positions all`."""
+    """The released keys.
+
+    Probe 1 counts one feature at the same onsets of target-variant text in both models. The released feature is 2504;
+    under its keys stands the one named by `feature`. Null: what would take onsets of reference-variant text, and the
+    all-positions ablation, which needs `--positions all`.
+    """
+    firings = record.get("firings") or {}
     variants = {variant["variant"]: variant for variant in record.get("variants", ())}
     ablated, upstream = (_sampled(variants.get(name)) for name in ("zero_ablate", "upstream"))
     return {
         "provenance": record["provenance"],
-        "probe_1_variant_split": None,
+        "feature": record["feature"],
+        "probe_1_variant_split": {
+            "onsets_all": None,
+            "onsets_adhd": firings.get("of_onsets"),
+            "onsets_std": None,
+            "primary_mixed": None,
+            "symmetry_mixed": None,
+            "primary_adhd_only": record["specific_features"],
+            "symmetry_std_only": None,
+            "feat2504_rate_adhd_only_in_adhd_L2": _share(firings, "onsets"),
+            "feat2504_rate_adhd_only_in_std_L2": _share(firings, "reference_onsets"),
+        },
         "probe_2_zero_ablation": {
             "adhd_baseline_reg_rate": ablated and ablated["strict"]["baseline_rate"],
             "adhd_zero_ablate_L2_step_onset_reg_rate": ablated and ablated["strict"]["rate"],
@@ -54,6 +72,11 @@ def three_probes(record: Mapping) -> dict:
             },
         },
     }
+
+
+def _share(firings: Mapping, of: str) -> float | None:
+    """Of the onsets counted."""
+    return None if firings.get(of) is None else firings[of] / firings["of_onsets"]
 
 
 def _panel(variant: Mapping) -> dict:

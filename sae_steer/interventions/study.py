@@ -8,7 +8,7 @@
 A feature that hardly fires is not tested: its verdict is INVALID, with the counts.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +22,15 @@ from sae_steer.errors import InputError
 from sae_steer.interventions import directions, gates
 from sae_steer.interventions.bench import Bench
 from sae_steer.interventions.firings import count_firings, why_untested
+from sae_steer.interventions.group import features_like, read_group
 from sae_steer.interventions.plan import Plan, fix_plan
 from sae_steer.interventions.protocol import weigh
-from sae_steer.interventions.readings import Onsets
+from sae_steer.interventions.readings import ControlRows, Onsets
 from sae_steer.interventions.released import deepdive_steering, three_probes
 from sae_steer.interventions.sampled import SampledArms, plan_prompts
 from sae_steer.interventions.splicing import ce_recovered
 from sae_steer.interventions.table import table
-from sae_steer.interventions.trace import trace
+from sae_steer.interventions.trace import direct_effect, trace
 from sae_steer.interventions.transport import embedding_check
 from sae_steer.interventions.variants import Direction
 from sae_steer.interventions.verdict import INVALID
@@ -56,6 +57,8 @@ class Study:
 
     record: dict
     trials: Mapping[str, np.ndarray]
+    controls: Sequence[ControlRows] = ()
+    """The trials of control directions: rows of `trials.parquet` with a `family`, which `load_study` leaves there."""
 
     @property
     def verdict(self) -> str:
@@ -81,7 +84,7 @@ class Study:
         for name in (RECORD_FILE, TRIALS_FILE, *RELEASED):
             (folder / name).unlink(missing_ok=True)
         if self.tested:
-            write_table(folder / TRIALS_FILE, self.trials)
+            write_table(folder / TRIALS_FILE, self.trials, (part.columns() for part in self.controls))
         for name, told in RELEASED.items():
             write_json(folder / name, told(self.record))
         return write_json(folder / RECORD_FILE, self.record)
@@ -90,7 +93,7 @@ class Study:
 def load_study(folder: Path) -> Study:
     """A study `Study.save` wrote."""
     record = read_json(Path(folder) / RECORD_FILE)
-    return Study(record, read_table(Path(folder) / TRIALS_FILE) if record["tested"] else {})
+    return Study(record, read_table(Path(folder) / TRIALS_FILE, {"family": ""}) if record["tested"] else {})
 
 
 def study_provenance(
@@ -163,6 +166,7 @@ def intervene(
         "dictionary": dictionary.name,
         "dictionary_sha256": dictionary.sha256,
         "feature": feature,
+        "specific_features": None if leave_out is None else len(leave_out),
         "direction": _name(source),
         "note": _note(source),
         "pair": pair.name,
@@ -185,10 +189,17 @@ def intervene(
         on_step(number, stages, f"{arm.variant.name}: sampled plans")
         variant["sampled"] = sampled.read(arm)
         reads = directions.unembedding(arm.model.decoder, tokens.ids)
-        variant["trace"] = trace(arm.model.decoder, arm.layer, arm.edit(settings.primary_dose), followed, reads)
+        given = arm.model.decoder, arm.layer, arm.edit(settings.primary_dose), followed
+        variant["trace"] = {"blocks": trace(*given, reads), "direct": direct_effect(*given, bench.measure, settings)}
+    group, trials = None, evidence.trials
+    if feature is not None:
+        like = features_like(found, bench.tune_rows, bench.tuned.is_onset)
+        given = bench.target.decoder, bench.layer, found, like
+        group, more = read_group(*given, Onsets.of(texts, settings), bench.measure, settings)
+        trials = {name: np.concatenate([column, more[name]]) for name, column in trials.items()}
     on_step(stages, stages, "measured")
-    measured = {"tested": True, "reason": None, "firings": firings, "basis": _basis(bench), **evidence.record}
-    return Study({**record, **measured}, evidence.trials)
+    measured = {"tested": True, "reason": None, "firings": firings, "basis": _basis(bench), "group": group}
+    return Study({**record, **measured, **evidence.record}, trials, evidence.controls)
 
 
 def find_direction(bench: Bench, dictionary: Dictionary, source: Source) -> Direction | None:
@@ -240,7 +251,11 @@ def dictionary_gate(bench: Bench, dictionary: Dictionary, found: Direction | Non
     if found is None:
         silent_ = directions.of_vector(name, dictionary.sae.direction(feature), None)
         found = Direction(name, silent_.unit, 0.0, "nowhere", dictionary.sae, feature)
-    firings = count_firings(bench.target.decoder, bench.layer, found, Onsets.of(texts, settings), settings)
+    onsets = Onsets.of(texts, settings)
+    firings = count_firings(bench.target.decoder, bench.layer, found, onsets, settings)
+    if bench.reference.decoder.shape.d_model == bench.target.decoder.shape.d_model:
+        other = count_firings(bench.reference.decoder, bench.layer, found, onsets, settings)
+        firings["reference_onsets"] = other["onsets"]
     size = found.s or None
     median = float(bench.tune_rows.norm(dim=1).median())
     firings |= {"s": size, "s_from": found.s_from, "s_share_of_resid_norm": size and size / median}

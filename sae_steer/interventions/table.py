@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+MODES = ("single", "joint")
+
 
 def table(record: Mapping) -> str:
     """The verdict, why, and what was measured at the primary dose."""
@@ -20,6 +22,7 @@ def table(record: Mapping) -> str:
         *(_variant(record, variant) for variant in record["variants"]),
         *(f"{variant['variant']}: {variant['verdict']}: {variant['why']}" for variant in record["variants"]),
         *(_sampled(variant) for variant in record["variants"] if variant["sampled"]),
+        *_group(record.get("group")),
     ]
     return "\n".join(lines)
 
@@ -64,6 +67,14 @@ def _sampled(variant: Mapping) -> str:
         f"unedited against unedited [{100 * strict['null_low']:+.1f}, {100 * strict['null_high']:+.1f}]; with shared "
         f"noise {same}"
     )
+
+
+def _group(group: Mapping | None) -> list[str]:
+    if group is None:
+        return []
+    others = ", ".join(str(one["feature"]) for one in group["features"]) or "none"
+    single, joint = (f"{_points(group[mode])} (alone {100 * group[mode]['alone']['mean']:+.2f})" for mode in MODES)
+    return [f"zero-ablated with the features most like it ({others}): {single} single, {joint} joint"]
 
 
 def _points(row: Mapping) -> str:

@@ -3,8 +3,8 @@
     difference[l] = difference[l - 1] + attention's change + MLP's change           exactly, at every block
 
 It turns a null into "decays", "is overwritten" (the blocks write against it) or "is not read" (its projection on
-the summed target unembedding stays small). With norms and attention frozen nothing above adds to the edit, so
-its own projection is the direct effect, in the same units as the last block's.
+the summed target unembedding stays small). With norms and attention frozen nothing above adds to the edit: what the
+final norm and the unembedding make of it alone, on the clean stream, is its direct effect.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_steer.interventions.measure import OnsetRows
+from sae_steer.interventions import effects
+from sae_steer.interventions.measure import Measure, OnsetRows
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.replay import CleanPass, Edit
+from sae_steer.settings import InterveneSettings
 
 PARTS = ("resid", "attention", "mlp")
 
@@ -46,6 +48,27 @@ def trace(
     rows = {key: torch.cat(parts) for key, parts in found.items()}
     blocks = range(layer, model.shape.n_layers)
     return [{"block": block, "n": len(rows[block, "resid"]), **_means(rows, block, unit)} for block in blocks]
+
+
+@torch.no_grad()
+def direct_effect(
+    model: LanguageModel, layer: int, edit: Edit, onsets: OnsetRows, measure: Measure, settings: InterveneSettings
+) -> dict:
+    """The change of the measure if no block above read the edit and the final norm kept its scale, with its interval;
+    and the whole effect at the same onsets, each edited alone.
+    """
+    parts = []
+    for batch in onsets.batches:
+        clean = CleanPass.of(model, batch.tokens.to(model.device), layer)
+        positions, real = batch.positions.to(model.device), batch.real.to(model.device)
+        before = clean.at(positions)
+        after = edit(before)
+        last, edited = clean.above.single(positions, torch.stack([before, after]))
+        logits = model.unembed(last), model.unembed_frozen(last, after - before), model.unembed(edited)
+        parts.append(torch.stack([measure(found[real]).double() for found in logits], dim=1).cpu())
+    value = torch.cat(parts).numpy()
+    direct, whole = effects.estimates(value[:, 1:] - value[:, :1], onsets, settings)
+    return {**direct, "whole": whole}
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from sae_steer.report.answer import answer, verdict
 from sae_steer.report.drawing import png_and_svg
 from sae_steer.report.effect_figures import control_histograms, describe, dose_curves, effect_forest, task_effects
 from sae_steer.report.run import Record, RunRecords
+from sae_steer.report.trace_figure import describe_trace, trace_by_block, traced
 from sae_steer.runtime import Progress, replacing, silent, write_text
 
 PAGE_FILE, FIGURES_FOLDER = "report.html", "figures"
@@ -84,6 +85,8 @@ def charts(run: RunRecords) -> list[Chart]:
                 ),
                 Chart(f"{study.name}-tasks", "The mean effect in every task.", partial(task_effects, study)),
             ]
+            if traced(study):
+                found.append(Chart(f"{study.name}-trace", describe_trace(study), partial(trace_by_block, study)))
     if run.layers and run.layers["curves"]:
         alt = "Probability of the target tokens over the layers, tabled below."
         found.append(Chart("layers", alt, partial(figures.layer_curves, run.layers)))

@@ -10,6 +10,8 @@ from toy import CAUSE, FEATURE, SHAPE, toy_sae
 import sae_steer as ss
 from sae_steer.errors import InputError
 from sae_steer.model.loading import save_decoder
+from sae_steer.sae.saelens import save_sae
+from sae_steer.sae.saelens_adapter import sae_lens
 from sae_steer.settings import InterveneSettings
 
 SETTINGS = InterveneSettings(
@@ -84,6 +86,43 @@ def test_a_feature_of_a_dictionary_and_a_measure_of_ones_own(toy_pair, texts, id
     moved = effects(study)
     assert moved["zero_ablate"] < 0 < moved["inject"]
     assert abs(moved["inject"]) > abs(effects(found)["inject"])  # in nats, not in probability
+
+
+@pytest.fixture(scope="module")
+def saelens_object(tmp_path_factory):
+    """`toy_sae` as sae_lens itself holds it."""
+    package = sae_lens()
+    return package.SAE.load_from_disk(save_sae(toy_sae(), tmp_path_factory.mktemp("sae") / "toy", metadata={}))
+
+
+@pytest.mark.parametrize("given", ["object", "release"])
+def test_a_saelens_dictionary_gives_the_effects_of_the_native_one(
+    toy_pair, texts, ids, saelens_object, monkeypatch, given
+):
+    asked = []
+
+    def from_pretrained(release, sae_id, device):
+        asked.append((release, sae_id))
+        return saelens_object
+
+    monkeypatch.setattr(sae_lens().SAE, "from_pretrained", from_pretrained)
+    subject = saelens_object if given == "object" else ("a-release", "blocks.2.hook_resid_post")
+    few = {**texts, "settings": FEW, "measure": ids, "feature": FEATURE}
+    theirs, ours = (effects(ss.intervene(toy_pair, sae, **few)) for sae in (subject, toy_sae()))
+    assert set(theirs) == {"inject", "subtract", "zero_ablate", "upstream"}
+    assert theirs == pytest.approx(ours, abs=1e-6)
+    assert abs(theirs["zero_ablate"]) > 0.01
+    assert asked == ([] if given == "object" else [subject])
+
+
+def test_a_release_that_cannot_be_fetched_is_told_in_one_line(toy_pair, texts, ids, monkeypatch):
+    def no_network(release, sae_id, device):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(sae_lens().SAE, "from_pretrained", no_network)
+    with pytest.raises(InputError, match=r"a-release/some-id cannot be read .*no route to host") as told:
+        ss.intervene(toy_pair, ("a-release", "some-id"), feature=FEATURE, measure=ids, **texts)
+    assert "\n" not in str(told.value)
 
 
 def test_a_silent_feature_is_invalid_with_the_reason(toy_pair, texts, ids):

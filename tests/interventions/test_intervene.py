@@ -17,7 +17,7 @@ from sae_steer.interventions.study import RECORD_FILE, TRIALS_FILE, intervene, l
 from sae_steer.interventions.variants import Direction, four_variants
 from sae_steer.pair.model_pair import load_pair
 from sae_steer.pair.texts import GeneratedTexts
-from sae_steer.records import read_json
+from sae_steer.records import read_json, read_table
 
 EXACT = dataclasses.replace(INTERVENE, generations=0, doses=(0.0, 1.0), onsets_per_prompt=1, ribbon=1)
 SILENT = 23
@@ -145,6 +145,23 @@ def test_the_trials_agree_with_the_record(saved):
         assert row["off_target_nats"] == pytest.approx(np.nanmean(others))
 
 
+def test_the_trials_of_control_directions_agree_with_the_record(study, tmp_path):
+    study.save(tmp_path)
+    for variant in study.record["variants"]:
+        single = [("single", family, variant["single"]["n"]) for family in variant["controls"]]
+        joint = [("joint", family, variant["joint_controls"]["n"]) for family in variant["joint_controls"]["families"]]
+        for mode, family, n in single + joint:
+            where = {"variant": variant["variant"], "mode": mode, "family": family["family"]}
+            found = read_table(tmp_path / TRIALS_FILE, where)
+            effect = (found["p_edited"] - found["p_base"]).reshape(family["count"], n)  # direction by direction
+            np.testing.assert_allclose(effect.mean(axis=1), family["means"], atol=1e-12)
+            assert len(set(found["direction"].tolist())) == family["count"]
+            edit = rows_of(study, variant["variant"], "single", 1.0)
+            if mode == "single":
+                for name in ("prompt", "task", "position", "next_is_target", "p_base", "delivered_norm"):
+                    assert np.array_equal(found[name][-n:], edit[name])
+
+
 def test_intervals_resample_tasks(saved):
     found = rows_of(saved, "inject", "single", 1.0)
     row = next(row for name, mode, row in doses_of(saved) if (name, mode, row["dose"]) == ("inject", "single", 1.0))
@@ -214,7 +231,11 @@ def test_the_released_records_hold_the_sampled_rates_and_null_for_what_is_not_th
     assert probes["probe_2_zero_ablation"]["delta_step_onset"] == sampled["zero_ablate"]["delta"]
     assert probes["probe_3_L1_steering"]["coef_+1.0"]["regulation_rate"] == sampled["upstream"]["rate"]
     assert panels["panels"]["subtract_from_target"]["steered_reg_rate"] == sampled["subtract"]["rate"]
-    assert probes["probe_1_variant_split"] is None
+    split, firings = probes["probe_1_variant_split"], study.record["firings"]
+    assert split["onsets_adhd"] == firings["of_onsets"]
+    assert split["feat2504_rate_adhd_only_in_adhd_L2"] == firings["onsets"] / firings["of_onsets"] > 0.9
+    assert split["feat2504_rate_adhd_only_in_std_L2"] == 0.0  # the toy's reference model lacks the cause
+    assert (probes["feature"], split["onsets_all"], split["primary_adhd_only"]) == (FEATURE, None, None)
     unsampled = [{**v, "sampled": None} for v in variants]
     dataclasses.replace(study, record={**study.record, "variants": unsampled}).save(tmp_path)
     assert read_json(tmp_path / "three_probes.json")["probe_2_zero_ablation"]["delta_step_onset"] is None

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from toy import CAUSE, FEATURE, SHAPE, toy_sae
+from toy import CAUSE, FEATURE, INTERVENE, SHAPE, toy_sae
 
 import sae_steer as ss
 from sae_steer.interventions.edits import Inject, ZeroAblate
 from sae_steer.interventions.measure import OnsetRows
-from sae_steer.interventions.trace import differences, trace
+from sae_steer.interventions.trace import differences, direct_effect, trace
 from sae_steer.model.lens import adapt
+from sae_steer.model.readout import TargetMass
 from sae_steer.model.replay import CleanPass
 
 POSITIONS = torch.tensor([[3, 9], [0, 14]])
@@ -49,6 +50,31 @@ def test_an_edit_of_strength_zero_changes_nothing_anywhere(changes):
     clean, before, _ = changes
     found = differences(clean, POSITIONS, before, Inject(UNIT, 0.0)(before))
     assert not any(change.any() for change in found.values())
+
+
+def test_the_frozen_readout_is_linear_in_the_change_and_the_clean_one_at_none(model):
+    resid, change = torch.randn(2, 5, SHAPE.d_model, generator=torch.Generator().manual_seed(3))
+    clean = model.unembed(resid)
+    torch.testing.assert_close(model.unembed_frozen(resid, 0 * change), clean, atol=1e-5, rtol=1e-5)
+    once, twice = (model.unembed_frozen(resid, times * change) - clean for times in (1, 2))
+    torch.testing.assert_close(twice, 2 * once, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(model.unembed(resid + change) - clean, once, atol=1e-2)  # the real norm rescales
+
+
+def across(resid):
+    """A small step along `UNIT`, less its part along each row: the norm keeps its scale to first order."""
+    along = (resid @ UNIT)[..., None] * resid / resid.square().sum(-1, keepdim=True)
+    return resid + 1e-2 * (UNIT - along)
+
+
+def test_above_the_last_block_the_direct_effect_is_the_whole_and_below_it_is_not(toy_pair, toy_cache):
+    texts = toy_cache.own_texts("confirm", "adhd")[:4]
+    onsets = OnsetRows.of(texts, [np.flatnonzero(text.is_onset)[:3] for text in texts])
+    given = onsets, TargetMass((366, 417)), INTERVENE
+    last, below = (direct_effect(toy_pair.target.decoder, layer, across, *given) for layer in (3, 2))
+    assert last["mean"] == pytest.approx(last["whole"]["mean"], rel=0.02)
+    assert below["mean"] != pytest.approx(below["whole"]["mean"], rel=0.005)  # block 3 reads the edit
+    assert (last["n"], last["tasks"]) == (len(onsets), onsets.tasks)
 
 
 def test_the_trace_follows_only_rows_that_move_and_leaves_no_hook(toy_pair, toy_cache):

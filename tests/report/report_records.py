@@ -149,6 +149,27 @@ def matcher(rate: float, delta: float) -> dict:
     return {"rate": rate, "baseline_rate": rate - 0.8 * delta, "delta": delta, "paired": paired, **null}
 
 
+def trace(slope: float) -> dict:
+    """Of an edit after block 2 that is half overwritten in block 4."""
+    parts = [(name, what) for name in ("resid", "attention", "mlp") for what in ("norm", "projection")]
+    blocks = []
+    for block, carried in zip(range(2, 6), (1.37, 1.52, 0.71, 0.66), strict=True):
+        values = (carried, slope * carried, *(None if block == 2 else 0.1 * carried + i for i in range(4)))
+        found = {f"{name}_{what}": value for (name, what), value in zip(parts, values, strict=True)}
+        blocks.append({"block": block, "n": 231, **found})
+    direct = estimate(0.07 * slope, 0.0003, 240) | {"whole": estimate(0.93 * slope, 0.0021, 240)}
+    return {"blocks": blocks, "direct": direct}
+
+
+def group(slope: float) -> dict:
+    others = [{"feature": 31, "cosine": 0.417, "cofiring": 0.832}, {"feature": 12, "cosine": 0.306, "cofiring": 0.149}]
+    found = {"features": others}
+    for mode, n, times in (("single", 1187, 2.3), ("joint", 4291, 2.9)):
+        alone = estimate(slope, 0.0004, n)
+        found[mode] = estimate(times * slope, 0.0011, n) | {"rows_edited": n // 3, "alone": alone}
+    return found
+
+
 def variant(name: str, model: str, sign: int, slope: float, seed: int, *, sampled: bool = True) -> dict:
     controls = [family(kind, seed + i) for i, kind in enumerate(("isotropic", "covariance", "matched features"))]
     joint = {"n": 871, "tasks": 59, "edit_mean": 1.5 * slope, "families": [family("isotropic", seed + 7)]}
@@ -169,6 +190,7 @@ def variant(name: str, model: str, sign: int, slope: float, seed: int, *, sample
         "controls": controls,
         "joint_controls": joint,
         "by_task": [{"task": task, "n": 8, "mean": 0.001 * (task - 70)} for task in range(143)],
+        "trace": trace(slope),
         "sampled": {"texts": 80, "steps": 1203, "mean_step_count": 15.04, **matched} if sampled else None,
     }
 
@@ -205,6 +227,7 @@ def study(feature: int, *, pair: str = "small", dictionary: str = DICTIONARY, sa
         "primary_dose": 1.0,
         "gap": {"single": estimate(0.2431, 0.0173, 1187), "joint": estimate(0.2519, 0.0164, 4291)},
         "baseline": {"single": before, "joint": before},
+        "group": group(0.0007),
         "variants": [variant(*kind, seed, sampled=sampled) for seed, kind in enumerate(kinds)],
     }
 

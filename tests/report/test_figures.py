@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from report_records import feature_table, layers, scan, study, training
 
-from sae_steer.report import effect_figures, figures
+from sae_steer.report import effect_figures, figures, trace_figure
 from sae_steer.report.drawing import png_and_svg, spread
 from sae_steer.report.run import StudyRecord
 
@@ -52,6 +52,24 @@ def test_the_dose_curves_go_through_the_record():
     for panel, variant in zip(axes, record["variants"], strict=True):
         expected = [100 * row["mean"] for row in variant["joint_doses"]["doses"]]
         assert any(len(line.get_ydata()) == 6 and np.allclose(line.get_ydata(), expected) for line in panel.lines)
+
+
+def test_the_trace_goes_through_the_record_and_leaves_out_edits_that_moved_nothing():
+    record = study(7)
+    record["variants"][2]["trace"]["blocks"][0]["n"] = 0
+    shown = StudyRecord("feature-7", record)
+    figure = trace_figure.trace_by_block(shown)
+    assert len(figure.axes) == 6
+    for what, panels in (("norm", figure.axes[::2]), ("projection", figure.axes[1::2])):
+        for panel, variant in zip(panels, trace_figure.traced(shown), strict=True):
+            carried, attention, _ = panel.lines[:3]
+            blocks = variant["trace"]["blocks"]
+            assert carried.get_xydata().tolist() == [[row["block"], row[f"resid_{what}"]] for row in blocks]
+            assert attention.get_ydata().tolist() == [row[f"attention_{what}"] for row in blocks[1:]]
+    assert "direct +0.0427 [+0.0127, +0.0727]" in texts(figure)
+    assert "inject changes the stream by a length of 1.37 after block 2, 0.66 after 5" in trace_figure.describe_trace(
+        shown
+    )
 
 
 def test_controls_that_all_do_nothing_are_drawn():

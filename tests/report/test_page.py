@@ -117,6 +117,7 @@ def test_every_chart_is_a_png_and_an_svg_of_the_page(reported):
         "feature-7-doses",
         "feature-7-controls",
         "feature-7-tasks",
+        "feature-7-trace",
     }
     for name in names:
         with Image.open(reported / "figures" / f"{name}.png") as image:
