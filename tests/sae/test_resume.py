@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_steer import runtime
 from sae_steer.errors import StaleError, SteerError
 from sae_steer.runtime import World, read_tensors
-from sae_steer.sae.architectures import TopKSAE
+from sae_steer.sae.architectures import ARCHITECTURES, LinearSAE, TopKSAE
 from sae_steer.sae.log import Quiet, StepFacts
 from sae_steer.sae.training import train_dictionary
 from sae_steer.settings import SAESettings
@@ -32,7 +32,7 @@ class StopAt(Quiet):
             self.act()
 
 
-def assert_same_weights(one: TopKSAE, other: TopKSAE) -> None:
+def assert_same_weights(one: LinearSAE, other: LinearSAE) -> None:
     theirs = other.state_dict()
     for name, weight in one.state_dict().items():
         assert torch.equal(weight, theirs[name]), name
@@ -51,14 +51,35 @@ def uninterrupted(planted, short: SAESettings, world: World) -> TopKSAE:
     return train_dictionary(planted, short, world=world).sae
 
 
-@pytest.mark.parametrize("at", [10, 20, 30])
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def each(request, planted, short: SAESettings, world: World) -> tuple[SAESettings, LinearSAE]:
+    """The settings of an architecture whose k falls during the run, and the dictionary of a run that was left alone."""
+    settings = replace(short, architecture=request.param, k_warmup=0.6, patience=10**6)
+    return settings, train_dictionary(planted, settings, world=world).sae
+
+
+@pytest.mark.parametrize("at", [20, 30])
 def test_stopped_and_resumed_equals_uninterrupted(
-    at: int, planted, short: SAESettings, world: World, tmp_path: Path, uninterrupted: TopKSAE
+    at: int, planted, each: tuple[SAESettings, LinearSAE], world: World, tmp_path: Path
 ) -> None:
+    settings, uninterrupted = each
     path = tmp_path / "state.safetensors"
     with pytest.raises(RuntimeError, match="killed here"):
-        train_dictionary(planted, short, world=world, checkpoint=path, log=StopAt(at, raise_error))
-    assert_same_weights(train_dictionary(planted, short, world=world, checkpoint=path).sae, uninterrupted)
+        train_dictionary(planted, settings, world=world, checkpoint=path, log=StopAt(at, raise_error))
+    assert read_tensors(path)[1]["step"] == at - 10, "that of the step itself comes after the log"
+    assert_same_weights(train_dictionary(planted, settings, world=world, checkpoint=path).sae, uninterrupted)
+
+
+def test_the_end_of_n_steps_goes_on_to_the_end_of_2n_at_the_precision_of_the_default(
+    planted, each: tuple[SAESettings, LinearSAE], tmp_path: Path
+) -> None:
+    low, path = World.local(precision="bfloat16", device="cpu"), tmp_path / "state.safetensors"
+    settings = replace(each[0], precision="bfloat16", checkpoint_every=1000)
+    with pytest.raises(KeyboardInterrupt):
+        train_dictionary(planted, settings, world=low, checkpoint=path, log=StopAt(20, press_ctrl_c))
+    assert read_tensors(path)[1]["step"] == 20
+    resumed = train_dictionary(planted, settings, world=low, checkpoint=path).sae
+    assert_same_weights(resumed, train_dictionary(planted, settings, world=low).sae)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
