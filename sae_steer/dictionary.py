@@ -1,7 +1,7 @@
 """A dictionary of one model's stream: learned from a cache, stored where the next command looks, checked on return."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
 from sae_steer.sae.saelens import WEIGHTS_FILE, load_sae, read_metadata, save_sae
 from sae_steer.sae.stability import MOST_FEATURES, SeedFolder, SeedStability, find_or_compare, load_stability
 from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
+from sae_steer.sae.trackers import tracker
 from sae_steer.sae.training import Job, TrainedSAE, train
 from sae_steer.settings import SAESettings
 
@@ -76,15 +77,18 @@ def train_sae(
     settings: SAESettings | None = None,
     force: bool = False,
     log: Log | None = None,
+    trackers: Collection[str] = (),
     world: World | None = None,
 ) -> Dictionary:
     """Learn a dictionary of `model`'s stream after block `layer`, or finish one begun in `out`.
 
-    `out` (default: where the command line looks) becomes a SAELens folder with its `training.json` beside.
+    `out` (default: where the command line looks) becomes a SAELens folder with its `training.json` beside;
+    `trackers` are `tensorboard` or `wandb`, told beside `log`.
     """
     settings = settings or SAESettings()
     out = Path(out or Path("runs", cache.manifest["pair"], "saes", default_folder(model, layer, settings)))
-    return train_saes(cache, [Wanted(model, settings, out)], layer=layer, force=force, log=log, world=world)[0]
+    wanted = [Wanted(model, settings, out)]
+    return train_saes(cache, wanted, layer=layer, force=force, log=log, trackers=trackers, world=world)[0]
 
 
 def train_saes(
@@ -94,6 +98,7 @@ def train_saes(
     layer: int,
     force: bool = False,
     log: Log | None = None,
+    trackers: Collection[str] = (),
     world: World | None = None,
 ) -> list[Dictionary]:
     """Learn several dictionaries over one reading of the cache; each ends as it would alone.
@@ -110,7 +115,7 @@ def train_saes(
     own = [part for part in todo if not part[0].settings.architecture.startswith(SAELENS)]
     for together in (own, *([part] for part in todo if part not in own)):
         if together:
-            _learn(cache, together, layer, force, log or Quiet(), world)
+            _learn(cache, together, layer, force, log or Quiet(), trackers, world)
     if world.is_first:
         _compare_seeds(wanted)
     world.barrier()
@@ -142,7 +147,9 @@ def _origin(cache: ActivationCache, wanted: Wanted, layer: int) -> dict:
     return provenance(settings=wanted.settings, inputs=inputs)
 
 
-def _learn(cache: ActivationCache, todo: list, layer: int, force: bool, log: Log, world: World) -> None:
+def _learn(
+    cache: ActivationCache, todo: list, layer: int, force: bool, log: Log, trackers: Collection[str], world: World
+) -> None:
     first = todo[0][0].out
     state = first / "training" / "state.safetensors"
     if world.is_first:
@@ -152,7 +159,9 @@ def _learn(cache: ActivationCache, todo: list, layer: int, force: bool, log: Log
         for one, _ in todo:
             (one.out / STABILITY_FILE).unlink(missing_ok=True)
             (one.out / RECORD_FILE).unlink(missing_ok=True)  # written last: a folder that has it is whole
-        log = Together(jsonl_log(first / "training" / "log.jsonl"), log)
+        told = {one.out.name: asdict(one.settings) for one, _ in todo}
+        kept = [tracker(kind, state.parent, first.name, told) for kind in dict.fromkeys(trackers)]
+        log = Together(jsonl_log(state.parent / "log.jsonl"), *kept, log)
     world.barrier()
     sources = {one.model: cache.rows(one.model, layer, "train") for one, _ in todo}
     jobs = [Job(sources[one.model], one.settings, one.out.name if len(todo) > 1 else "") for one, _ in todo]

@@ -283,3 +283,17 @@ def gated(d_in: int, folder: Path) -> Path:
         weight.data.normal_(generator=generator(6, number)).mul_(0.3)
     made.save_model(folder)
     return folder
+
+
+def test_trackers_are_told_in_the_first_ones_folder_and_change_no_byte(small, whole, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train_sae(small, model="adhd", layer=2, out=tmp_path, settings=SETTINGS, trackers=("tensorboard",))
+    assert contents(tmp_path) == contents(whole)
+    found = events.EventAccumulator(str(tmp_path / "training" / "tensorboard"))
+    found.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "training" / "log.jsonl").read_text().splitlines()]
+    steps = [(line["step"], line["loss"]) for line in lines if line["event"] == "step"]
+    assert [told.step for told in found.Scalars("loss")] == [step for step, _ in steps]
+    assert [told.value for told in found.Scalars("loss")] == pytest.approx([loss for _, loss in steps])
+    with pytest.raises(InputError, match="no log 'mlflow'"):
+        train_sae(small, model="adhd", layer=2, out=tmp_path / "b", settings=SETTINGS, trackers=("mlflow",))

@@ -36,9 +36,14 @@ from sae_steer.settings import SAESettings
 @click.option(
     "--precision", type=click.Choice(["bfloat16", "float32"]), default=SAESettings.precision, help="Of the encoder."
 )
+@click.option(
+    "--log", "trackers", multiple=True, type=click.Choice(["tensorboard", "wandb"]), help="Also tell these; may repeat."
+)
 @out_option
 @force_option
-def train_sae(pair, cache_folder, layer, models, arch, ks, widths, seeds, peak, wait, out, force, **knobs) -> None:
+def train_sae(
+    pair, cache_folder, layer, models, arch, ks, widths, seeds, peak, wait, trackers, out, force, **knobs
+) -> None:
     """Learn dictionaries from the cache, all in one reading of it; SAELens folders, resumed after a kill.
 
     \b
@@ -64,7 +69,8 @@ def train_sae(pair, cache_folder, layer, models, arch, ks, widths, seeds, peak, 
     if out is not None:
         wanted = [replace(one, out=out if len(wanted) == 1 else out / one.out.name) for one in wanted]
     with joined(precision=knobs["precision"]) as world:
-        learned = train_saes(cache, wanted, layer=layer, force=force, log=TrainingBar(Bar("train-sae")), world=world)
+        bar = TrainingBar(Bar("train-sae"))
+        learned = train_saes(cache, wanted, layer=layer, force=force, log=bar, trackers=trackers, world=world)
     if world.is_first:
         for one, dictionary in zip(wanted, learned, strict=True):
             find_or_splice(loaded, cache, dictionary, one.out, force=force)

@@ -135,7 +135,7 @@ def firing_density(named: Sequence[tuple[str, Record]]) -> Figure:
     figure = figure_of(
         0.9 + 1.7 * len(named),
         "How often features fire on held-out rows",
-        "Features in each quarter of a decade of the firing rate; those that never fire there are counted in the text.",
+        "Features in each quarter of a decade of the firing rate; those that never fire there are in no bar.",
     )
     panels = figure.subplots(len(named), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, record) in zip(panels, named, strict=True):
