@@ -1,5 +1,6 @@
 """The machine a run happens on: device, precision, the processes of one run, generators, files renamed into place."""
 
+import ctypes
 import hashlib
 import json
 import os
@@ -134,6 +135,19 @@ def joined(*, precision: str = "bfloat16", device: str | None = None) -> Iterato
 
 def _told_to_stop(number: int, frame: object) -> None:
     raise SteerError("told to stop; what is finished is kept, and the same command goes on from there")
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, up to 2 GB, where the C library is glibc.
+
+    By default large arrays are mapped afresh, and their pages cleared, each time; a loop that makes the same ones at
+    every step, as training a dictionary does, loses a tenth of its time to that.
+    """
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    if tune is not None:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        tune(mmap_threshold, 2**30)
+        tune(trim_threshold, 2**31 - 1)
 
 
 def generator(*seeds: int) -> torch.Generator:

@@ -10,7 +10,10 @@ versions of their own, so they live in a second environment that borrows the fir
     /tmp/venv-peers/bin/pip install --no-deps dictionary-learning eai-sparsify schedulefree natsort nnsight greenlet
 """
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -158,6 +161,12 @@ def seconds_a_step(trainer: Trainer, batches: Sequence[Tensor], *, warm: int = 2
         _wait()
         spent.append(time.perf_counter() - start)
     return statistics.median(spent)
+
+
+def in_own_process(script: str, *arguments: object) -> dict:
+    """What `script` prints last, as JSON, with these arguments: no library finds what another did to the process."""
+    asked = [sys.executable, script, *map(str, arguments)]
+    return json.loads(subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def _wait() -> None:

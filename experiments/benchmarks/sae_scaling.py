@@ -9,13 +9,11 @@ its anonymous pages (memory-mapped rows count for nobody) above what it held bef
 
 import argparse
 import json
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
-from sae_peers import encoder_seconds, ours, saelens, seconds_a_step, versions
+from sae_peers import encoder_seconds, in_own_process, ours, saelens, seconds_a_step, versions
 from sae_rows import StoredRows
 
 from sae_steer.records import provenance, write_json
@@ -33,13 +31,17 @@ def trainer(library: str, source: StoredRows, d_sae: int, k: int):
     )
 
 
+def timed(library: str, d_sae: int, k: int) -> dict:
+    """Seconds a step of one library."""
+    source = StoredRows.open("real-train")
+    batches = [source.batch(step, BATCH, 0) for step in range(6)]
+    some = {"ours": 6, "saelens": 3 if d_sae < WIDEST else 2}[library]
+    return {"seconds": seconds_a_step(trainer(library, source, d_sae, k), batches[:some], warm=1 + (library == "ours"))}
+
+
 def point(source: StoredRows, d_sae: int, k: int) -> dict:
     """Rows/s of both at a width and a k."""
-    batches = [source.batch(step, BATCH, 0) for step in range(6)]
-    own = seconds_a_step(trainer("ours", source, d_sae, k), batches, rounds=2 if d_sae < WIDEST else 1)
-    theirs = seconds_a_step(
-        trainer("saelens", source, d_sae, k), batches[:3] if d_sae < WIDEST else batches[:2], warm=1
-    )
+    own, theirs = (in_own_process(__file__, "--time", library, d_sae, k)["seconds"] for library in ("ours", "saelens"))
     found = {
         "d_sae": d_sae, "k": k, "ours": BATCH / own, "saelens_autocast": BATCH / theirs, "ratio": theirs / own,
         "seconds": own, "encoder_seconds": encoder_seconds(BATCH, source.d_in, d_sae, repeats=8),
@@ -78,18 +80,19 @@ def main() -> None:
     """The table, then the memory of each library."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory", choices=("ours", "saelens"), help="only measure this one's memory, and print it")
-    if library := parser.parse_args().memory:
-        print(json.dumps(peak_memory(library)))
+    parser.add_argument("--time", nargs=3, metavar=("LIBRARY", "D_SAE", "K"), help="only time this, and print it")
+    asked = parser.parse_args()
+    if asked.memory:
+        print(json.dumps(peak_memory(asked.memory)))
+        return
+    if asked.time:
+        library, d_sae, k = asked.time
+        print(json.dumps(timed(library, int(d_sae), int(k))))
         return
     source = StoredRows.open("real-train")
     by_width = [point(source, d_sae, 40) for d_sae in WIDTHS]
     by_k = [point(source, WIDTHS[0], k) for k in KS]
-    memory = {}
-    for name in ("ours", "saelens"):
-        asked = [sys.executable, __file__, "--memory", name]
-        memory[name] = json.loads(
-            subprocess.run(asked, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-        )
+    memory = {name: in_own_process(__file__, "--memory", name) for name in ("ours", "saelens")}
     record = {
         "provenance": provenance(settings={"batch_size": BATCH}, inputs={"rows": source.fingerprint}),
         "versions": versions(),

@@ -6,6 +6,8 @@
 it none is dead yet. The bound is the encoder's product alone in bfloat16. sae_peers.py says how to get the peers.
 """
 
+import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from sae_peers import (
     DEAD_ROWS,
     dictionary_learning,
     encoder_seconds,
+    in_own_process,
     ours,
     saelens,
     seconds_a_step,
@@ -48,23 +51,33 @@ def cases(source: StoredRows) -> dict[str, tuple[Callable, int]]:
     }
 
 
-def main() -> None:
-    """Time every trainer in turn, ours again at the end."""
+def timed(name: str) -> dict:
+    """Seconds a step of one trainer, or why it could not be set up."""
     source = StoredRows.open("real-train")
+    make, steps = cases(source)[name]
     batches = [source.batch(step, BATCH, 0) for step in range(8)]
+    try:
+        trainer = make()
+    except ImportError as error:
+        return {"missing": f"{name}: {error}"}
+    return {"seconds": seconds_a_step(trainer, batches[:steps], rounds=max(1, steps // len(batches)))}
+
+
+def main() -> None:
+    """Time every trainer in turn, each in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", help="only time this one, and print it")
+    if case := parser.parse_args().case:
+        print(json.dumps(timed(case)))
+        return
+    source = StoredRows.open("real-train")
     bound = encoder_seconds(BATCH, source.d_in, D_SAE)
-    seconds, missing = {}, []
-    for name, (make, steps) in cases(source).items():
-        try:
-            trainer = make()
-        except ImportError as error:
-            missing.append(f"{name}: {error}")
-            continue
-        seconds[name] = seconds_a_step(trainer, batches[:steps], rounds=max(1, steps // len(batches)))
-        print(f"{name}: {BATCH / seconds[name]:.0f} rows/s", flush=True)
-    seconds["ours_again"] = seconds_a_step(
-        ours(source, SAESettings(d_sae=D_SAE, k=K, rows=ROWS, batch_size=BATCH)), batches, rounds=4
-    )
+    found = {}
+    for name in cases(source):
+        found[name] = in_own_process(__file__, "--case", name)
+        print(name, found[name], flush=True)
+    seconds = {name: one["seconds"] for name, one in found.items() if "seconds" in one}
+    missing = [one["missing"] for one in found.values() if "missing" in one]
     record = {
         "provenance": provenance(
             settings={"d_sae": D_SAE, "k": K, "batch_size": BATCH}, inputs={"rows": source.fingerprint}

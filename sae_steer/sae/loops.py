@@ -46,6 +46,7 @@ def select_topk(start, stop, pre, k, indices, values, counts):
     d_sae = pre.shape[1]
     lanes = min(d_sae, max(512, 8 * k))
     maxima = np.empty(lanes, np.int16)
+    hits = np.empty(lanes, np.int32)
     kept, where = np.empty(d_sae, np.int16), np.empty(d_sae, np.int32)
     for n in range(start, stop):
         row = pre[n]
@@ -56,13 +57,14 @@ def select_topk(start, stop, pre, k, indices, values, counts):
             for j in range(len(part)):  # `max` would widen to 64 bits: thirty times slower
                 maxima[j] = part[j] if part[j] > maxima[j] else maxima[j]
         bound = _bound(maxima, lanes, k)
-        found = 0
+        hit, found = 0, 0  # what is below the bound is overwritten by the next: no branch to guess
         for j in range(lanes):
-            if maxima[j] >= bound:
-                for i in range(j, d_sae, lanes):
-                    if row[i] >= bound:
-                        kept[found], where[found] = row[i], i
-                        found += 1
+            hits[hit] = j
+            hit += np.int32(maxima[j] >= bound)
+        for at in range(hit):
+            for i in range(hits[at], d_sae, lanes):
+                kept[found], where[found] = row[i], i
+                found += np.int32(row[i] >= bound)
         counts[n] = _cut_to_k(kept, where, found, k, d_sae, indices[n])
         for i in range(counts[n]):
             bits = np.uint32(np.uint16(row[indices[n, i]])) << np.uint32(16)

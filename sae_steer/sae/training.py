@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_steer.errors import InputError, NotFiniteError
-from sae_steer.runtime import World
+from sae_steer.runtime import World, keep_freed_memory
 from sae_steer.sae.architectures import ARCHITECTURES, SparseDictionary
 from sae_steer.sae.checkpoint import TrainingState, interrupts_held, last_good
 from sae_steer.sae.learner import new_learner, step
@@ -81,6 +81,8 @@ class Training:
 
     def __init__(self, jobs: Sequence[Job], world: World) -> None:
         _check(jobs, world)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         self.jobs, self.world, self.shared = jobs, world, jobs[0].settings
         self.steps = self.shared.rows // self.shared.batch_size
         self.sources = list({id(job.rows): job.rows for job in jobs}.values())
