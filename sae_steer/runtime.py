@@ -141,7 +141,7 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees, up to 2 GB, where the C library is glibc.
 
     By default large arrays are mapped afresh, and their pages cleared, each time; a loop that makes the same ones at
-    every step, as training a dictionary does, loses a tenth of its time to that.
+    every step, as training a dictionary and filling a cache do, loses up to a tenth of its time to that.
     """
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     if tune is not None:

@@ -32,7 +32,7 @@ from sae_steer.runtime import write_text
 from sae_steer.settings import PRESETS, SPLITS, CacheSettings, CorpusSettings
 
 LAYER = 2
-TEXTS = GeneratedTexts(CorpusSettings(train_plans=48, scan_plans=8, tune_plans=4, confirm_plans=4))
+TEXTS = GeneratedTexts(CorpusSettings(train_plans=104, scan_plans=16, tune_plans=8, confirm_plans=8))
 REPEATS = 2
 PEER_BATCH = 16
 
@@ -92,11 +92,7 @@ def main() -> None:
         folder = Path(scratch)
         texts = [text for split in SPLITS for text in TEXTS.texts(pair, split)]
         tokens = 2 * sum(map(len, texts))  # both models read them
-        ours(pair, folder / "warm", "bfloat16")
-        taken = {
-            "ours_bfloat16": seconds(lambda: ours(pair, folder / "bfloat16", "bfloat16")),
-            "ours_float32": seconds(lambda: ours(pair, folder / "float32", "float32")),
-        }
+        taken = {}
         for by_length in (False, True):
             for autocast in (False, True):
                 case = f"{'sorted' if by_length else 'in_order'}_{'autocast' if autocast else 'float32'}"
@@ -105,6 +101,9 @@ def main() -> None:
                         hooked, texts, folder / "peer.h5", by_length=by_length, autocast=autocast
                     )
                 )
+        ours(pair, folder / "warm", "bfloat16")  # from here on the process keeps what it frees
+        for precision in ("bfloat16", "float32"):
+            taken[f"ours_{precision}"] = seconds(lambda precision=precision: ours(pair, folder / precision, precision))
         exact = cache_activations(
             pair, out=folder / "exact", layers=[LAYER], source=TEXTS,
             settings=CacheSettings(precision="float32", dtype="float32"),

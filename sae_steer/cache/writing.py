@@ -27,7 +27,7 @@ from sae_steer.model.streams import stream_reader
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import GeneratedTexts, Text, TextSource
 from sae_steer.records import already_done, provenance, read_json, write_json
-from sae_steer.runtime import Progress, World, silent, sweep
+from sae_steer.runtime import Progress, World, keep_freed_memory, silent, sweep
 from sae_steer.settings import DEFAULT_LAYER, CacheSettings
 
 TRIED = 64
@@ -60,6 +60,7 @@ def cache_activations(
         for model in pair.models:
             model.decoder.to(world.device)
     world = world or World.local(device="cpu")
+    keep_freed_memory()
     wanted = provenance(
         settings={**asdict(settings), "layers": layers},
         inputs={"pair": pair.sha256, "texts": json.dumps(source.identity(), sort_keys=True)},
