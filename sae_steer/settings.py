@@ -220,6 +220,31 @@ class InterveneSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AtlasSettings:
+    """How `intervene --all-specific` reads many features at once; what it shares with one study has the same name."""
+
+    upstream: int = InterveneSettings.upstream
+    prompts: int = InterveneSettings.prompts
+    onsets_per_prompt: int = InterveneSettings.onsets_per_prompt
+    bound_share: float = InterveneSettings.bound_share
+    bound_cap: float = InterveneSettings.bound_cap
+    bootstrap_draws: int = InterveneSettings.bootstrap_draws
+    min_firings: int = 10
+    """A feature that fires at fewer of the onsets edited is not tested by ablation."""
+    null_draws: int = 9_999
+    """Control directions that each test is ranked among, at least."""
+    null_onsets: int = 64
+    """Onsets at which they are read, of as many tasks as there are."""
+    ablation_onsets: int = 5
+    """Onsets more are read until every feature fires at so many, for the ranks of its ablation."""
+    norms: int = 3
+    """Lengths at which each control direction is read; between them its effect is interpolated."""
+    max_q: float = 0.05
+    """Largest Benjamini-Hochberg q over all features and variants."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayersSettings:
     """How much text the layer curves read."""
 

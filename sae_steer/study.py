@@ -7,15 +7,19 @@ A finished stage is found again by its settings and the hashes of its inputs; on
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import Dictionary, check_fits, default_folder, train_sae
 from sae_steer.errors import SteerError
 from sae_steer.findings import layer_probability as layers
+from sae_steer.interventions.atlas import RECORD_FILE as ATLAS_RECORD
+from sae_steer.interventions.atlas import Atlas, atlas_provenance, load_atlas, make_atlas
 from sae_steer.interventions.splicing import find_or_splice
 from sae_steer.interventions.study import RECORD_FILE as STUDY_RECORD
 from sae_steer.interventions.study import Source, Study, intervene, load_study, plan_study, study_provenance
@@ -28,6 +32,7 @@ from sae_steer.scan import RECORD_FILE as SCAN_RECORD
 from sae_steer.scan import FeatureScan, load_scan, save_scan, scan_features, scan_provenance, tells_stability
 from sae_steer.settings import (
     DEFAULT_LAYER,
+    AtlasSettings,
     CacheSettings,
     CorpusSettings,
     InterveneSettings,
@@ -74,6 +79,11 @@ class Places:
     def dictionary(self, model: str, layer: int, settings: SAESettings | None = None) -> Path:
         """A dictionary's folder."""
         return self.run / "saes" / default_folder(model, layer, settings or SAESettings())
+
+    @property
+    def atlas(self) -> Path:
+        """The folder of the atlas."""
+        return self.run / "intervene" / "atlas"
 
     def intervene(self, source: Source) -> Path:
         """The folder of the interventions with a feature's index or another direction."""
@@ -127,6 +137,29 @@ def find_or_intervene(
                 on_step=on_step,
             ).save(out)  # fmt: skip
     return load_study(out)
+
+
+def find_or_make_atlas(
+    pair: ModelPair,
+    cache: ActivationCache,
+    dictionary: Dictionary,
+    scan: FeatureScan,
+    out: Path,
+    *,
+    features: Sequence[int] | None = None,
+    settings: AtlasSettings | None = None,
+    force: bool = False,
+    on_step: Progress = silent,
+) -> Atlas:
+    """The atlas of `features` (default: those specific by the scan) in `out`, made now unless it is there."""
+    settings, features = settings or AtlasSettings(), scan.specific_features if features is None else features
+    known = {"features": features, "alive": np.flatnonzero(scan.alive), "log_odds": scan.log_odds.log_odds}
+    origin = atlas_provenance(pair, cache, dictionary, **known, settings=settings)
+    if not already_done(out / ATLAS_RECORD, origin, force=force):
+        check_fits(dictionary, cache)
+        with _into(out):
+            make_atlas(pair, dictionary, **known, cache=cache, settings=settings, on_step=on_step).save(out)
+    return load_atlas(out)
 
 
 def find_or_read_layers(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from sae_steer.cli.group import main
 from sae_steer.cli.options import (
@@ -14,7 +15,7 @@ from sae_steer.cli.options import (
     out_option,
     seed_option,
 )
-from sae_steer.settings import CONTROLS, POSITIONS, InterveneSettings
+from sae_steer.settings import CONTROLS, POSITIONS, AtlasSettings, InterveneSettings
 
 
 @main.command()
@@ -23,6 +24,11 @@ from sae_steer.settings import CONTROLS, POSITIONS, InterveneSettings
 @click.option(
     "--direction",
     help="Instead of a feature: mean-difference, unembedding, random, or a .npy, .pt, .safetensors or .json file.",
+)
+@click.option(
+    "--all-specific",
+    is_flag=True,
+    help="Instead: every specific feature of the scan, each onset edited alone, and an estimate for all others.",
 )
 @click.option(
     "--scan",
@@ -45,7 +51,19 @@ from sae_steer.settings import CONTROLS, POSITIONS, InterveneSettings
 @seed_option
 @force_option
 def intervene(
-    pair, cache_folder, sae_folder, layer, feature, direction, scan_folder, size, bound, out, force, **knobs
+    pair,
+    cache_folder,
+    sae_folder,
+    layer,
+    feature,
+    direction,
+    all_specific,
+    scan_folder,
+    size,
+    bound,
+    out,
+    force,
+    **knobs,
 ) -> None:
     """Inject, subtract, zero-ablate, inject upstream: does a feature cause the target behaviour? Ends in a verdict.
 
@@ -53,13 +71,20 @@ def intervene(
     Examples:
         sae-steer intervene --feature 2504
         sae-steer intervene --direction mean-difference --quick
+        sae-steer intervene --all-specific
     """
     from sae_steer.study import find_or_intervene
     from sae_steer.terminal import Bar
 
-    if feature and direction:
-        raise click.UsageError("give --feature or --direction, not both")
+    if bool(feature) + bool(direction) + all_specific > 1:
+        raise click.UsageError("give one of --feature, --direction and --all-specific")
     loaded, places, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer)
+    if all_specific:
+        _refuse_unused()
+        shared = {knob: knobs[knob] for knob in ("upstream", "prompts", "seed")}
+        settings = AtlasSettings(bound_share=bound, **shared)
+        _atlas(loaded, cache, dictionary, scan_folder or places.scan, out or places.atlas, settings, force)
+        return
     source, leave_out = _source(feature or "top", direction, dictionary, scan_folder or places.scan)
     folder = out or places.intervene(source)
     settings = InterveneSettings(controls=CONTROLS[size or "full"], bound_share=bound, **knobs)
@@ -69,6 +94,31 @@ def intervene(
     )  # fmt: skip
     click.echo(f"{study.record['direction']} of {dictionary.name}: {study.record['note']}", err=True)
     click.echo(study.table(), err=True)
+    click.echo(folder)
+
+
+def _refuse_unused() -> None:
+    """An option given that an atlas has no use for is wrong usage."""
+    context = click.get_current_context()
+    for knob, option in (
+        ("size", "--quick or --final"),
+        ("positions", "--positions"),
+        ("generations", "--generations"),
+    ):
+        if context.get_parameter_source(knob) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--all-specific edits single onsets, against one pool of controls: no {option}")
+
+
+def _atlas(loaded, cache, dictionary, scan_folder: Path, folder: Path, settings: AtlasSettings, force: bool) -> None:
+    from sae_steer.scan import load_scan
+    from sae_steer.study import find_or_make_atlas
+    from sae_steer.terminal import Bar
+
+    scan = load_scan(scan_folder, dictionary)
+    atlas = find_or_make_atlas(
+        loaded, cache, dictionary, scan, folder, settings=settings, force=force, on_step=Bar("intervene")
+    )
+    click.echo(atlas.summary(), err=True)
     click.echo(folder)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -162,6 +163,28 @@ class Bench:
             )
         return self._bridges[key]
 
+    def link(self, variant: Variant) -> Bridge | None:
+        """How the target's stream maps to the one a variant edits; None where that is the target's own."""
+        return None if variant.edits_target else self.bridge(self.layer, self.layer - variant.layers_below)
+
+    def onset_stream(self, variant: Variant) -> Float[np.ndarray, "onset d_model"]:
+        """The stream a variant edits, at the onsets of the tune texts."""
+        streams = self.tuned.target if variant.edits_target else self.tuned.reference
+        return streams[self.layer - variant.layers_below][self.tuned.is_onset]
+
+    def units(
+        self, unit: Float[Tensor, "*rows d_model"], variant: Variant
+    ) -> dict[str, Float[Tensor, "*rows d_edited"]]:
+        """Directions raw and transported, the primary ones first; raw alone in their own model."""
+        link, device = self.link(variant), (self.target if variant.edits_target else self.reference).decoder.device
+        if link is None:
+            return {RAW: unit.to(device)}
+        carried = {TRANSPORTED: link.carry.direction(unit)}
+        if link.check.identity_r2 is None:  # streams of two widths have no raw direction in common
+            return carried
+        raw = {RAW: unit.to(device)}
+        return {**carried, **raw} if link.transported else {**raw, **carried}
+
     def arms(self, direction: Direction, *, leave_out: Collection[int] | None = None) -> list[Arm]:
         """Every intervention that can be made with the direction.
 
@@ -181,8 +204,7 @@ class Bench:
         settings, below = self.settings, self.layer - variant.layers_below
         model = self.target if variant.edits_target else self.reference
         device, d_model = model.decoder.device, model.decoder.shape.d_model
-        link = None if variant.edits_target else self.bridge(self.layer, below)
-        stream = (self.tuned.target if variant.edits_target else self.tuned.reference)[below][self.tuned.is_onset]
+        link, stream = self.link(variant), self.onset_stream(variant)
         count, spare = settings.controls, settings.calibration
         drawn = {
             families.ISOTROPIC: families.isotropic(count + spare, d_model, generator(settings.seed, 31)).to(device),
@@ -204,7 +226,7 @@ class Bench:
             model=model,
             layer=below,
             direction=direction,
-            units=self._units(direction.unit, link, device),
+            units=self.units(direction.unit, variant),
             bridge=link,
             patches=patches,
             patch_r2=carried.check.affine_r2,
@@ -213,16 +235,6 @@ class Bench:
             fresh=drawn[fresh_family][count : count + spare],
             fresh_family=fresh_family,
         )
-
-    def _units(self, unit: Float[Tensor, " d_model"], link: Bridge | None, device: torch.device) -> dict[str, Tensor]:
-        """The direction raw and transported, the primary one first; raw alone in its own model."""
-        if link is None:
-            return {RAW: unit.to(device)}
-        carried = {TRANSPORTED: link.carry.direction(unit)}
-        if link.check.identity_r2 is None:  # streams of two widths have no raw direction in common
-            return carried
-        raw = {RAW: unit.to(device)}
-        return {**carried, **raw} if link.transported else {**raw, **carried}
 
     def _positives(self, model: NamedModel, link: Bridge | None) -> dict[str, Tensor]:
         """Directions that should move the measure up, in the edited stream."""

@@ -5,6 +5,7 @@ is where it is active; a difference of means and a user's vector have a length o
 a random direction have none, and are given the length of the difference of means.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -39,15 +40,36 @@ def feature_direction(
     Args:
         rows: the target model's stream over tune texts.
     """
-    values = sae.activation_of(rows, feature).cpu().numpy()
-    at_onsets, everywhere = values[is_onset & (values > 0)], values[values > 0]
-    if len(at_onsets) >= ENOUGH_ONSETS:
-        active, where = at_onsets, f"{len(at_onsets)} active onsets of the tune split"
-    else:
-        active, where = everywhere, f"{len(everywhere)} active rows of the tune split, {len(at_onsets)} of them onsets"
+    return feature_directions(sae, [feature], rows, is_onset)[0]
+
+
+def feature_directions(
+    sae: SparseDictionary,
+    features: Sequence[int],
+    rows: Float[Tensor, "row d_model"],
+    is_onset: Bool[np.ndarray, " row"],
+) -> list[Direction | None]:
+    """`feature_direction` of each feature, from one reading of the rows."""
+    codes = sae.encode(rows)
+    fires = codes.values > 0
+    order = codes.indices[fires].argsort(stable=True)
+    index, value, row = (part[fires][order].cpu().numpy() for part in (codes.indices, codes.values, codes.rows))
+    return [
+        _of_feature(sae, feature, value[mine], is_onset[row[mine]])
+        for feature in features
+        for mine in [slice(*np.searchsorted(index, [feature, feature + 1]))]
+    ]
+
+
+def _of_feature(
+    sae: SparseDictionary, feature: int, active: Float[np.ndarray, " firing"], at_onset: Bool[np.ndarray, " firing"]
+) -> Direction | None:
+    row = sae.direction(feature)  # an index outside the dictionary ends here
     if not len(active):
         return None
-    row = sae.direction(feature)
+    where = f"{len(active)} active rows of the tune split, {int(at_onset.sum())} of them onsets"
+    if at_onset.sum() >= ENOUGH_ONSETS:
+        active, where = active[at_onset], f"{int(at_onset.sum())} active onsets of the tune split"
     s = float(np.median(active)) * float(row.norm())
     return Direction(f"feature {feature}", row / row.norm(), s, where, sae, feature)
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sae_steer.interventions.measure import OnsetRows
 from sae_steer.interventions.readings import Onsets
@@ -11,7 +13,6 @@ from sae_steer.model.replay import gather
 from sae_steer.settings import InterveneSettings
 
 
-@torch.no_grad()
 def count_firings(
     model: LanguageModel, layer: int, direction: Direction, onsets: Onsets, settings: InterveneSettings
 ) -> dict:
@@ -41,11 +42,16 @@ def why_untested(firings: dict, name: str) -> str | None:
 
 
 def _fires(model: LanguageModel, layer: int, direction: Direction, rows: OnsetRows) -> np.ndarray:
+    assert direction.sae is not None
+    assert direction.feature is not None
+    return (direction.sae.activation_of(onset_stream(model, layer, rows), direction.feature) > 0).cpu().numpy()
+
+
+@torch.no_grad()
+def onset_stream(model: LanguageModel, layer: int, rows: OnsetRows) -> Float[Tensor, "row d_model"]:
+    """The stream after block `layer` at the onsets, unedited."""
     parts = []
     for batch in rows.batches:
         resid = model.resid_posts(batch.tokens.to(model.device), (layer,))[layer]
-        chosen = gather(resid, batch.positions.to(model.device))[batch.real.to(model.device)]
-        assert direction.sae is not None
-        assert direction.feature is not None
-        parts.append((direction.sae.activation_of(chosen, direction.feature) > 0).cpu().numpy())
-    return np.concatenate(parts)
+        parts.append(gather(resid, batch.positions.to(model.device))[batch.real.to(model.device)])
+    return torch.cat(parts)

@@ -151,14 +151,14 @@ def intervene(
         plan: what was fixed before; its hash goes into the record.
     """
     settings = settings or InterveneSettings()
-    _check(pair, cache, dictionary, settings)
+    check_inputs(pair, cache, dictionary, settings)
     if (feature is None) == (direction is None):
         raise InputError("name either a feature or a direction, not both")
     source = feature if direction is None else direction
     if feature is not None:
         dictionary.sae.direction(feature)  # an index outside the dictionary ends here
     tokens = cache.target_tokens(pair)
-    bench = _bench(pair, dictionary, cache, tokens, settings)
+    bench = bench_of(pair, dictionary, cache, tokens, settings)
     found = find_direction(bench, dictionary, source)
     record = {
         "provenance": study_provenance(pair, cache, dictionary, source, settings, leave_out),
@@ -222,13 +222,14 @@ def find_direction(bench: Bench, dictionary: Dictionary, source: Source) -> Dire
     return directions.of_vector(_name(source), vector.reshape(d_model), None)
 
 
-def _bench(
+def bench_of(
     pair: ModelPair,
     dictionary: Dictionary,
     cache: ActivationCache,
     tokens: TargetTokens,
     settings: InterveneSettings,
 ) -> Bench:
+    """The pair side by side at the dictionary's layer, on the cache's texts."""
     own = pair.target.name
     return Bench(
         reference=pair.reference,
@@ -288,7 +289,8 @@ def _basis(bench: Bench) -> dict:
     }
 
 
-def _check(pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, settings: InterveneSettings) -> None:
+def check_inputs(pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, settings: InterveneSettings) -> None:
+    """Raise the `InputError` in which interventions with this dictionary would end."""
     cache.check_pair(pair)
     check_fits(dictionary, cache)
     if dictionary.model != pair.target.name:

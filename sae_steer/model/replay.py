@@ -163,6 +163,17 @@ class CleanPass:
         picked = self.above.joint(rearrange(whole, "copy batch ... -> (copy batch) ..."), positions.repeat(copies, 1))
         return rearrange(self.model.unembed(picked), "(copy batch) ... -> copy batch ...", copy=copies)
 
+    def gradient(self, positions: Int[Tensor, "batch edit"], readout: Readout) -> Float[Tensor, "batch edit d_model"]:
+        """What `readout`, one number a row, changes by as the stream at each position alone begins to move.
+
+        The derivative of what `read_single` reads there: other positions stay as they are, so one backward pass
+        gives it for all of them.
+        """
+        with torch.enable_grad():
+            here = self.at(positions).detach().requires_grad_()
+            read = readout(self.model.unembed(self.above.single(positions, here[None]))[0])
+            return torch.autograd.grad(read.sum(), here)[0]
+
 
 def _layer_of(site: str, model: LanguageModel) -> int:
     found = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", site)

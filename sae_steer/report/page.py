@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from sae_steer.report import figures, numbers
 from sae_steer.report.answer import answer, verdict
+from sae_steer.report.atlas_figure import atlas_figure
 from sae_steer.report.drawing import png_and_svg
 from sae_steer.report.effect_figures import control_histograms, describe, dose_curves, effect_forest, task_effects
 from sae_steer.report.run import Record, RunRecords
@@ -87,6 +88,9 @@ def charts(run: RunRecords) -> list[Chart]:
             ]
             if traced(study):
                 found.append(Chart(f"{study.name}-trace", describe_trace(study), partial(trace_by_block, study)))
+    if run.atlas and run.atlas_table is not None:
+        alt = "How specific every feature is against what it causes, a panel an intervention, counted below."
+        found.append(Chart("atlas", alt, partial(atlas_figure, run.atlas, run.atlas_table)))
     if run.layers and run.layers["curves"]:
         alt = "Probability of the target tokens over the layers, tabled below."
         found.append(Chart("layers", alt, partial(figures.layer_curves, run.layers)))
@@ -110,5 +114,6 @@ def page(run: RunRecords, images: dict[str, dict[str, str]]) -> str:
 
 def _target_tokens(run: RunRecords) -> Record | None:
     """The measured tokens, from the first record that names them."""
-    records = [study.record for study in run.studies if study.record["tested"]] + ([run.layers] if run.layers else [])
+    records = [study.record for study in run.studies if study.record["tested"]]
+    records += [record for record in (run.atlas, run.layers) if record]
     return next((record["target_tokens"] for record in records), None)

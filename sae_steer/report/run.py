@@ -24,7 +24,13 @@ STUDY = (
     "intervene --feature top",
     ("provenance", "dictionary", "feature", "direction", "note", "pair", "tested", "firings", "verdict", "quick"),
 )
+ATLAS = (
+    "intervene --all-specific",
+    ("provenance", "pair", "target_tokens", "target", "reference", "bound", "gap", "variants", "features"),
+)
 LAYERS = ("layers", ("provenance", "pair", "target_tokens", "curves"))
+LISTED = 12
+"""Rows of the atlas that the page tables."""
 MEASURED = ("variants", "verdicts", "bound", "gates", "basis", "gap", "baseline", "primary_dose", "target_tokens")
 """What the record of a tested direction holds besides."""
 
@@ -74,11 +80,14 @@ class RunRecords:
     """The scan's table, one row a feature."""
     studies: tuple[StudyRecord, ...]
     layers: Record | None
+    atlas: Record | None = None
+    atlas_table: Mapping[str, np.ndarray] | None = None
+    """One row a feature and variant."""
 
     @classmethod
     def read(cls, run: Path) -> "RunRecords":
         """The records in `run`; none at all is an `InputError`."""
-        run, table = Path(run), Path(run) / "scan" / "features.parquet"
+        run, table, atlas = Path(run), Path(run) / "scan" / "features.parquet", Path(run) / "intervene" / "atlas"
         found = cls(
             name=run.resolve().name,
             dictionaries=tuple(
@@ -89,8 +98,10 @@ class RunRecords:
             features=read_table(table) if table.is_file() else None,
             studies=tuple(_studies(run)),
             layers=_read(run / "layers" / "layers.json", LAYERS),
+            atlas=_read(atlas / "atlas.json", ATLAS),
+            atlas_table=read_table(atlas / "atlas.parquet") if (atlas / "atlas.json").is_file() else None,
         )
-        if not (found.dictionaries or found.scan or found.studies or found.layers):
+        if not (found.dictionaries or found.scan or found.studies or found.layers or found.atlas):
             raise InputError(
                 f"no record in {run}; run `sae-steer train-sae`, `scan` and `intervene` first, or name a run folder"
             )
@@ -99,7 +110,7 @@ class RunRecords:
     @property
     def pair(self) -> str | None:
         """The pair's name, if a record tells it."""
-        named = [*(study.record for study in self.studies), *([self.layers] if self.layers else [])]
+        named = [*(study.record for study in self.studies), *(part for part in (self.atlas, self.layers) if part)]
         return next((record["pair"] for record in named), None)
 
     @property
@@ -125,12 +136,20 @@ class RunRecords:
         }
 
     @property
+    def furthest(self) -> list[Record]:
+        """The atlas's effects that stand out of the control directions most, whatever their size."""
+        rows = self.atlas["features"] if self.atlas else []
+        ranked = [row for row in rows if row["q"] is not None]
+        return sorted(ranked, key=lambda row: (row["q"], -abs(row["mean"])))[:LISTED]
+
+    @property
     def named(self) -> list[tuple[str, Record]]:
         """(path inside the run folder, record) of all."""
         return [
             *((f"saes/{found.name}/training.json", found.record) for found in self.dictionaries),
             *([("scan/feature_diff.json", self.scan)] if self.scan else []),
             *((f"intervene/{study.name}/results.json", study.record) for study in self.studies),
+            *([("intervene/atlas/atlas.json", self.atlas)] if self.atlas else []),
             *([("layers/layers.json", self.layers)] if self.layers else []),
         ]
 
