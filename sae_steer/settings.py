@@ -237,7 +237,7 @@ class AtlasSettings:
     """Onsets at which they are read, of as many tasks as there are."""
     ablation_onsets: int = 5
     """Onsets more are read until every feature fires at so many, for the ranks of its ablation."""
-    norms: int = 3
+    norms: int = 2
     """Lengths at which each control direction is read; between them its effect is interpolated."""
     max_q: float = 0.05
     """Largest Benjamini-Hochberg q over all features and variants."""

@@ -133,6 +133,10 @@ def test_wrong_usage_exits_with_2():
         ["train-sae", "--k", "many"],
         ["train-sae", "--k", "0"],
         ["intervene", "--prompts", "-5"],
+        ["intervene", "--all-specific", "--feature", "3"],
+        ["intervene", "--all-specific", "--direction", "random"],
+        ["intervene", "--all-specific", "--quick"],
+        ["intervene", "--all-specific", "--generations", "4"],
         ["train-pair", "--preset", "huge"],
         ["info", "/nowhere/at/all"],
     ):
@@ -184,6 +188,28 @@ def test_a_feature_with_too_few_firings_is_told_with_its_count_and_exit_0(workpl
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["tested"] is False
     assert record["firings"]["tasks"] <= 1
+
+
+def test_all_specific_features_at_once_and_again_from_what_was_made(workplace, tmp_path):
+    named = ("intervene", "--pair", "toy", *SAE, "--all-specific", "--prompts", "36", "--out", tmp_path)
+    said = steer(*named)
+    assert said.exit_code == 0, said.output
+    assert said.stdout == f"{tmp_path}\n"
+    record = json.loads((tmp_path / "atlas.json").read_text())
+    scanned = json.loads(Path("runs/toy/scan/feature_diff.json").read_text())
+    assert record["tested"] + len(record["silent"]) == scanned["primary_count"]
+    assert f"{record['tested']} features at {record['n']} onsets" in said.stderr
+    before = (tmp_path / "atlas.json").stat().st_mtime_ns
+    assert steer(*named).exit_code == 0
+    assert (tmp_path / "atlas.json").stat().st_mtime_ns == before
+    refused(steer(*named, "--bound", "0.1"), "bound_share: 0.05, now 0.1", "--force")
+
+
+def test_a_scan_without_a_specific_feature_has_no_atlas(workplace, tmp_path):
+    steer("scan", "--pair", "toy", *SAE, "--min-ratio", "1e9", "--min-rate", "1", "--out", tmp_path / "scan")
+    named = ("intervene", "--pair", "toy", *SAE, "--all-specific", "--scan", tmp_path / "scan", "--out", tmp_path / "a")
+    refused(steer(*named), "no feature of adhd_L2_hook_resid_post is specific to 'adhd'", "--min-ratio")
+    assert not (tmp_path / "a" / "atlas.json").exists()
 
 
 def test_info_says_what_a_path_is(workplace):

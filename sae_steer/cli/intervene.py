@@ -78,9 +78,10 @@ def intervene(
 
     if bool(feature) + bool(direction) + all_specific > 1:
         raise click.UsageError("give one of --feature, --direction and --all-specific")
-    loaded, places, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer)
     if all_specific:
         _refuse_unused()
+    loaded, places, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer)
+    if all_specific:
         shared = {knob: knobs[knob] for knob in ("upstream", "prompts", "seed")}
         settings = AtlasSettings(bound_share=bound, **shared)
         _atlas(loaded, cache, dictionary, scan_folder or places.scan, out or places.atlas, settings, force)

@@ -20,7 +20,7 @@ from sae_steer.model.replay import CleanPass
 from sae_steer.settings import AtlasSettings
 
 ATLAS = AtlasSettings(
-    prompts=36, onsets_per_prompt=2, bootstrap_draws=400, null_draws=600, null_onsets=24, ablation_onsets=3
+    prompts=36, onsets_per_prompt=2, bootstrap_draws=400, null_draws=600, null_onsets=24, ablation_onsets=3, norms=3
 )
 TESTED = (2, 5, FEATURE, 11)
 ALIVE = np.arange(24)

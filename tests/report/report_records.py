@@ -270,6 +270,78 @@ def layers(pair: str = "small") -> dict:
     return {"provenance": origin(pair=PAIR, cache=CACHE), "pair": pair, "target_tokens": tokens, "curves": curves}
 
 
+VARIANTS = (
+    ("inject", "standard", 1),
+    ("subtract", "adhd", -1),
+    ("zero_ablate", "adhd", -1),
+    ("upstream", "standard", 1),
+)
+
+
+def atlas() -> tuple[dict, dict[str, np.ndarray]]:
+    """An atlas of the made-up scan's specific features: its record and its table."""
+    features, random = feature_table(), np.random.default_rng(3)
+    alive, tested = np.flatnonzero(features["alive"]), np.flatnonzero(features["specific"])[:30]
+    tags, rows, columns, variants = ("beyond", "opposite", "common", "inside", "open", "rare"), [], [], []
+    for name, model, sign in VARIANTS:
+        slopes = random.normal(0, 0.0007, len(features["feature"]))
+        slopes[tested] += sign * random.gamma(1, 0.004, len(tested))
+        named = {int(feature): tags[number % 6 if number < 12 else 3] for number, feature in enumerate(tested)}
+        for feature, told in named.items():
+            mean = 1.07 * float(slopes[feature])
+            known = {"feature": feature, "variant": name, "log_odds": float(features["log_odds"][feature])}
+            known |= {"size": 0.731, "firings": 171, "mean": mean, "low": mean - 3e-4, "high": mean + 4e-4}
+            known |= {"low_90": mean - 2e-4, "high_90": mean + 3e-4, "estimate": float(slopes[feature])}
+            known |= {"null_low": -0.00213, "null_high": 0.00197, "tag": told}
+            p = None if told == "rare" else float(random.random())
+            rows.append(known | {"p": p, "q": p, "p_beyond": p, "q_beyond": p})
+        mine = {row["feature"]: row for row in rows if row["variant"] == name}
+        column = {"feature": alive, "variant": np.full(len(alive), name), "log_odds": features["log_odds"][alive]}
+        column |= {"tested": np.isin(alive, tested), "estimate": slopes[alive]}
+        for key in ("mean", "low", "high", "q"):
+            column[key] = np.array([mine.get(feature, {}).get(key) for feature in alive.tolist()], dtype=float)
+        columns.append(column | {"tag": np.array([named.get(feature, "") for feature in alive.tolist()])})
+        variants.append(
+            {
+                "variant": name,
+                "model": model,
+                "predicted_sign": sign,
+                "direction": "transported" if sign > 0 else "raw",
+                "baseline": 0.2317,
+                "null": {"low": -0.00219, "high": 0.00203, "draws": 9_999},
+                "ranked_onsets": 64,
+                "estimate": {"n": 30, "correlation": 0.9871, "median_relative_error": 0.0673},
+                "tags": {told: sum(row["tag"] == told for row in mine.values()) for told in tags},
+                "discoveries": 11,
+            }
+        )
+    origin_ = origin(pair=PAIR, cache=CACHE, dictionary=DICTIONARY)
+    record = {
+        "provenance": origin_ | {"settings": {"max_q": 0.05}},
+        "pair": "small",
+        "target": "adhd",
+        "reference": "standard",
+        "target_tokens": {"ids": [77, 912], "tokens": [" sip", " deep"], "coverage": 0.7831},
+        "alive": len(alive),
+        "tested": len(tested),
+        "silent": [211],
+        "n": 1187,
+        "tasks": 143,
+        "gap": estimate(0.2431, 0.0173, 1187),
+        "bound": {"share": 0.05, "cap": 0.012, "value": 0.0119},
+        "variants": variants,
+        "features": rows,
+    }
+    return record, {key: np.concatenate([column[key] for column in columns]) for key in columns[0]}
+
+
+def write_atlas(run: Path) -> None:
+    """The atlas beside a run's other records."""
+    record, table = atlas()
+    write_json(run / "intervene" / "atlas" / "atlas.json", record)
+    write_table(run / "intervene" / "atlas" / "atlas.parquet", table)
+
+
 def write_run(run: Path) -> Path:
     """A whole run: one dictionary, a scan, one tested and one untested feature, layers."""
     table = feature_table()
@@ -278,5 +350,6 @@ def write_run(run: Path) -> Path:
     write_table(run / "scan" / "features.parquet", table)
     write_json(run / "intervene" / "feature-7" / "results.json", study(7))
     write_json(run / "intervene" / "feature-25" / "results.json", untested(25))
+    write_atlas(run)
     write_json(run / "layers" / "layers.json", layers())
     return run

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
-from report_records import feature_table, layers, scan, study, training
+from report_records import atlas, feature_table, layers, scan, study, training
 
 from sae_steer.report import effect_figures, figures, trace_figure
+from sae_steer.report.atlas_figure import LOOKS, atlas_figure
 from sae_steer.report.drawing import png_and_svg, spread
 from sae_steer.report.run import StudyRecord
 
@@ -128,3 +129,29 @@ def test_every_task_is_a_point():
     for panel, variant in zip(axes, record["variants"], strict=True):
         expected = [100 * row["mean"] for row in variant["by_task"]]
         assert any(np.allclose(line.get_ydata(), expected) for line in panel.lines if len(line.get_ydata()) == 143)
+
+
+def test_the_atlas_draws_every_feature_where_the_table_has_it():
+    record, table = atlas()
+    figure = atlas_figure(record, table)
+    for axes, variant in zip(figure.axes, record["variants"], strict=True):
+        mine = table["variant"] == variant["variant"]
+        drawn = np.concatenate([line.get_xydata() for line in axes.lines if line.get_marker() != "None"])
+        tested = mine & (table["tag"] != "")
+        wanted = np.stack([table["log_odds"][tested], 100 * table["mean"][tested]], axis=1)
+        assert sorted(map(tuple, drawn.tolist())) == sorted(map(tuple, wanted.tolist()))
+        (dots,) = [found for found in axes.collections if len(found.get_offsets()) == mine.sum()]
+        assert np.allclose(dots.get_offsets()[:, 1], 100 * table["estimate"][mine])
+        assert axes.get_ylim()[1] > 100 * np.abs(table["mean"][tested]).max()
+    said = texts(figure)
+    assert "n = 1,187 onsets of 143 tasks" in said
+    labels = [text.get_text() for axes in figure.axes[:2] for text in axes.get_legend().get_texts()]
+    assert {label for label, *_ in LOOKS.values()} < set(labels)
+    assert "inside the bound of 1.19 points" in labels
+
+
+def test_an_atlas_in_which_nothing_moves_is_drawn():
+    record, table = atlas()
+    still = {key: np.zeros_like(table[key]) for key in ("estimate", "mean", "low", "high")}
+    png, svg = png_and_svg(atlas_figure(record, table | still))
+    assert png_and_svg(atlas_figure(record, table | still)) == (png, svg)

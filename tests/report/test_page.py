@@ -85,7 +85,7 @@ def test_what_a_record_says_is_on_the_page(run, keys, value, written):
 def test_the_same_records_give_the_same_bytes_and_progress_ends_with_the_whole(reported, run):
     told = []
     write_report(run, on_step=lambda done, total, note="": told.append((done, total)))
-    assert told[-1] == (7, 7)
+    assert told[-1] == (9, 9)
     for path in sorted((reported / "figures").iterdir()):
         assert (run / "figures" / path.name).read_bytes() == path.read_bytes(), path.name
     assert (run / "report.html").read_bytes() == (reported / "report.html").read_bytes()
@@ -110,6 +110,7 @@ def test_every_chart_is_a_png_and_an_svg_of_the_page(reported):
     html = (reported / "report.html").read_text()
     names = {path.stem for path in (reported / "figures").iterdir()}
     assert names == {
+        "atlas",
         "density",
         "firing",
         "layers",
@@ -201,3 +202,14 @@ def test_a_feature_of_another_dictionary_is_not_labelled_in_this_scan(run):
     records = RunRecords.read(run)
     assert records.studied_here == {25: "not tested"}
     assert "not made from the same dictionary" in page(records, {})
+
+
+def test_the_atlas_tables_what_stands_out_most_and_is_left_out_without_a_record(run):
+    records = RunRecords.read(run)
+    qs = [row["q"] for row in records.furthest]
+    assert qs == sorted(row["q"] for row in records.atlas["features"] if row["q"] is not None)[: len(qs)]
+    html = shown(page(records, {}))
+    assert "Atlas: every specific feature" in html
+    assert "Silent in the tune texts, so without a size: 211" in html
+    shutil.rmtree(run / "intervene" / "atlas")
+    assert "Atlas" not in page(RunRecords.read(run), {})
