@@ -138,7 +138,7 @@ def _told_to_stop(number: int, frame: object) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, up to 2 GB, where the C library is glibc.
+    """Let this process keep what it frees, up to half a gigabyte, where the C library is glibc.
 
     By default large arrays are mapped afresh, and their pages cleared, each time; a loop that makes the same ones at
     every step, as training a dictionary and filling a cache do, loses up to a tenth of its time to that.
@@ -147,7 +147,7 @@ def keep_freed_memory() -> None:
     if tune is not None:
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
         tune(mmap_threshold, 2**30)
-        tune(trim_threshold, 2**31 - 1)
+        tune(trim_threshold, 2**29)
 
 
 def generator(*seeds: int) -> torch.Generator:
