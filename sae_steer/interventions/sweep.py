@@ -13,6 +13,7 @@ from sae_steer.interventions.pool import Pool
 from sae_steer.interventions.variants import Variant
 from sae_steer.model.replay import CleanPass
 from sae_steer.pair.model_pair import NamedModel
+from sae_steer.runtime import in_threads
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,15 @@ class Place:
             controls=np.empty((len(self.ranked), len(self.norms), len(self.pool.units)), np.float32),
             checked=np.empty((self.spread, len(self.lengths), len(some)), np.float32),
         )
-        row = 0
+        start = 0
         for number, batch in enumerate(onsets.batches):
             on_batch(number)
             clean = CleanPass.of(model, batch.tokens.to(model.device), self.layer)
             slopes = clean.gradient(batch.positions.to(model.device), measure).cpu().numpy()
-            for text, slot in batch.real.nonzero().tolist():
+            onset = batch.real.nonzero().tolist()
+
+            def at(row: int, clean=clean, batch=batch, slopes=slopes, onset=onset, start=start) -> None:
+                text, slot = onset[row - start]
                 position, place = int(batch.positions[text, slot]), place_of.get(row)
                 firing, taken = self._taken(row)
                 ranks, checks = place is not None, place is not None and place < self.spread
@@ -95,7 +99,9 @@ class Place:
                     found.controls[place] = by_controls.reshape(found.controls.shape[1:])
                 if checks:
                     found.checked[place] = by_checked.reshape(found.checked.shape[1:])
-                row += 1
+
+            in_threads(at, range(start, start + len(onset)), model.device)
+            start += len(onset)
         return found
 
     def _moves(self, units: Float[Tensor, "unit d_model"], lengths: np.ndarray) -> Float[Tensor, "move d_model"]:
