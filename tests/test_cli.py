@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -22,6 +23,7 @@ from sae_steer.cli import main
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.sae.saelens import load_sae, read_metadata, save_sae
 from sae_steer.settings import (
+    AtlasSettings,
     CacheSettings,
     CorpusSettings,
     InterveneSettings,
@@ -190,7 +192,8 @@ def test_a_feature_with_too_few_firings_is_told_with_its_count_and_exit_0(workpl
     assert record["firings"]["tasks"] <= 1
 
 
-def test_all_specific_features_at_once_and_again_from_what_was_made(workplace, tmp_path):
+def test_all_specific_features_at_once_and_again_from_what_was_made(workplace, tmp_path, monkeypatch):
+    monkeypatch.setattr("sae_steer.cli.intervene.AtlasSettings", partial(AtlasSettings, null_draws=300))
     named = ("intervene", "--pair", "toy", *SAE, "--all-specific", "--prompts", "36", "--out", tmp_path)
     said = steer(*named)
     assert said.exit_code == 0, said.output
@@ -206,7 +209,7 @@ def test_all_specific_features_at_once_and_again_from_what_was_made(workplace, t
 
 
 def test_a_scan_without_a_specific_feature_has_no_atlas(workplace, tmp_path):
-    steer("scan", "--pair", "toy", *SAE, "--min-ratio", "1e9", "--min-rate", "1", "--out", tmp_path / "scan")
+    steer("scan", "--pair", "toy", *SAE, "--min-rate", "2", "--out", tmp_path / "scan")
     named = ("intervene", "--pair", "toy", *SAE, "--all-specific", "--scan", tmp_path / "scan", "--out", tmp_path / "a")
     refused(steer(*named), "no feature of adhd_L2_hook_resid_post is specific to 'adhd'", "--min-ratio")
     assert not (tmp_path / "a" / "atlas.json").exists()
