@@ -11,6 +11,7 @@ versions of their own, so they live in a second environment that borrows the fir
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -164,9 +165,13 @@ def seconds_a_step(trainer: Trainer, batches: Sequence[Tensor], *, warm: int = 2
 
 
 def in_own_process(script: str, *arguments: object) -> dict:
-    """What `script` prints last, as JSON, with these arguments: no library finds what another did to the process."""
-    asked = [sys.executable, script, *map(str, arguments)]
-    return json.loads(subprocess.run(asked, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    """What `script` prints last, as JSON, with these arguments: no library finds what another did to the process.
+
+    OpenMP's threads wait as `sae-steer` has them wait; SAELens is as fast either way.
+    """
+    asked, quiet = [sys.executable, script, *map(str, arguments)], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(asked, env=quiet, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _wait() -> None:
