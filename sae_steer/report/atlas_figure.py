@@ -45,12 +45,13 @@ def atlas_figure(record: Record, table: Mapping[str, np.ndarray]) -> Figure:
     Heights are signed square roots, so that a bound and effects a hundredth of it are both seen.
     """
     bound, variants = 100 * record["bound"]["value"], record["variants"]
+    ranked = " or ".join(count(n) for n in sorted({found["ranked_onsets"] for found in variants}))
     figure = figure_of(
         8.4,
         f"Specific to {record['target']}, and what it causes: {count(record['tested'])} features, four interventions",
         f"At dose 1, one onset edited at a time: means over n = {count(record['n'])} onsets of "
         f"{count(record['tasks'])} tasks; bars: 95 % intervals over tasks.\nControl directions have the features' "
-        "own lengths. Numbers: features that move the measure most. Heights are square roots.",
+        f"own lengths, at {ranked} of these onsets. Numbers: those that move the measure most. Heights: square roots.",
     )
     grid = figure.subplots(2, 2, sharex=True, sharey=True)
     for axes, found in zip(grid.ravel(), variants, strict=True):

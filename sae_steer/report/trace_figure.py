@@ -39,9 +39,11 @@ def trace_by_block(study: StudyRecord) -> Figure:
         left.set_title(f"{variant['variant']} in {variant['model']}, n = {count(blocks[0]['n'])}")
         _panel(right, blocks, "projection")
         right.axhline(0, color=SINGLE, linewidth=0.8, zorder=1)
-        right.set_title(f"direct {points_interval(direct)}, whole {points_interval(direct['whole'])}", fontsize=8.5)
-    panels[0, 0].legend(**{**ABOVE, "bbox_to_anchor": (-0.01, 1.12)}, ncols=3)
-    for axes, label in zip(panels[-1], ("length", "projection on the target's unembedding"), strict=True):
+        right.set_title(
+            f"direct {points_interval(direct)}\nwhole {points_interval(direct['whole'])} points", fontsize=8.5
+        )
+    panels[0, 0].legend(**{**ABOVE, "bbox_to_anchor": (-0.01, 1.12)})
+    for axes, label in zip(panels[-1], ("length", "projection on the target tokens' unembedding"), strict=True):
         axes.set_xlabel(f"block; {label}")
     return figure
 
