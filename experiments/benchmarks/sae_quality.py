@@ -5,8 +5,9 @@
     python experiments/benchmarks/sae_quality.py                       # joins the pieces: sae_quality.json
 
 Every run reads 1,015,808 rows once in batches of 4096 (ours: its documented batch), d_sae 4096, k 40. FVE needs no
-quiet machine. The time to the same FVE is rows needed x the rows/s that sae_speed.py measured on a quiet one;
-rows needed are those of the shortest whole run of ours that reaches SAELens's best FVE.
+quiet machine. The time to the same FVE is rows needed / the rows/s measured on a quiet one (SAELens under autocast by
+sae_speed.py, ours at its documented batch by sae_scaling.py); rows needed are those of the shortest whole run of ours
+that reaches SAELens's best FVE.
 """
 
 import argparse
@@ -101,6 +102,11 @@ def compared(runs: list[dict]) -> dict | None:
         "fve_difference": own["fve"] - best["fve"],
         "rows_of_ours_to_saelens_fve": min(reached) if reached else None,
     }
+    if reached:
+        known = read_json(HERE / "sae_scaling.json")["by_width"][0], read_json(HERE / "sae_speed.json")
+        seconds = min(reached) / known[0]["ours"], max(shared) / known[1]["rows_per_second"]["saelens_autocast"]
+        found |= {"seconds_to_saelens_fve": seconds[0], "seconds_of_saelens": seconds[1]}
+        found["ratio_of_time_to_saelens_fve"] = seconds[1] / seconds[0]
     for name in ("fve", "dead", "mean_max_cosine"):
         if name in own:
             found |= {name: own[name], f"{name}_saelens": best[name]}
