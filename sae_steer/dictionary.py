@@ -154,13 +154,13 @@ def _learn(
     state = first / "training" / "state.safetensors"
     if world.is_first:
         sweep(state.parent)
-        if force:
+        told = {one.out.name: asdict(one.settings) for one, _ in todo}
+        kept = [tracker(kind, state.parent, first.name, told) for kind in dict.fromkeys(trackers)]
+        if force:  # not before the trackers are there: one that cannot start costs nothing
             state.unlink(missing_ok=True)
         for one, _ in todo:
             (one.out / STABILITY_FILE).unlink(missing_ok=True)
             (one.out / RECORD_FILE).unlink(missing_ok=True)  # written last: a folder that has it is whole
-        told = {one.out.name: asdict(one.settings) for one, _ in todo}
-        kept = [tracker(kind, state.parent, first.name, told) for kind in dict.fromkeys(trackers)]
         log = Together(jsonl_log(state.parent / "log.jsonl"), *kept, log)
     world.barrier()
     sources = {one.model: cache.rows(one.model, layer, "train") for one, _ in todo}

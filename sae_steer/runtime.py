@@ -143,10 +143,9 @@ def keep_freed_memory() -> None:
     By default large arrays are mapped afresh, and their pages cleared, each time; a loop that makes the same ones at
     every step, as training a dictionary and filling a cache do, loses up to a tenth of its time to that.
     """
-    tune = getattr(ctypes.CDLL(None), "mallopt", None)
-    if tune is not None:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        tune(mmap_threshold, 2**30)
+    tune = None if os.name == "nt" else getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h; glibc before 2.35 maps all that is larger than 32 MB
+    if tune is not None and (tune(mmap_threshold, 2**30) or tune(mmap_threshold, 2**25)):
         tune(trim_threshold, 2**29)
 
 

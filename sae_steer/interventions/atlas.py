@@ -369,6 +369,7 @@ class Survey:
                     "low_90": float(compared.effect.low[column]),
                     "high_90": float(compared.effect.high[column]),
                     "estimate": float(chart.estimate[self.where[place]]),
+                    "ranked_mean": float(chart.null.observed[place]),
                     "null_low": float(chart.null.low[place]),
                     "null_high": float(chart.null.high[place]),
                     "p": float(p[column]) if tested else None,
@@ -421,7 +422,7 @@ class Survey:
             "estimate": np.concatenate([chart.estimate for chart in charts]),
         }
         where = np.concatenate([number * len(alive) + self.where for number in range(len(charts))])
-        for name in ("mean", "low", "high", "null_low", "null_high", "p", "q", "p_beyond", "q_beyond"):
+        for name in ("mean", "low", "high", "ranked_mean", "null_low", "null_high", "p", "q", "p_beyond", "q_beyond"):
             table[name] = np.full(len(table["feature"]), np.nan)
             table[name][where] = [np.nan if row[name] is None else row[name] for row in rows]
         tags = np.full(len(table["feature"]), "", dtype=object)

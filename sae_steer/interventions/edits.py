@@ -5,7 +5,9 @@ so the part of the stream the dictionary does not explain stays as it was.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from jaxtyping import Float, Int
@@ -128,14 +130,17 @@ class Donor:
     model: LanguageModel
     layer: int
     _kept: tuple[Tensor, Tensor] | None = None
+    _alone: AbstractContextManager = field(default_factory=Lock, repr=False, compare=False)
+    """Several threads read one donor; TransformerLens caches in one at a time."""
 
     @torch.no_grad()
     def stream(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """Of `tokens`, after block `layer`."""
-        if self._kept is None or not torch.equal(self._kept[0], tokens):
-            found = self.model.resid_posts(tokens.to(self.model.device), (self.layer,))[self.layer]
-            self._kept = tokens, found
-        return self._kept[1]
+        with self._alone:
+            if self._kept is None or not torch.equal(self._kept[0], tokens):
+                found = self.model.resid_posts(tokens.to(self.model.device), (self.layer,))[self.layer]
+                self._kept = tokens, found
+            return self._kept[1]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 number for a control direction: the same onsets, moved with the same sign and at each onset by the same length, that
 is in the feature's own norm bin. p = (b + 1) / (B + 1), b of the B controls being as far from zero or farther.
 
-**The controls** are all different, a third each: decoder rows of features that are neither specific nor tested,
+**The controls** are all different, a third each: decoder rows of features that are not tested,
 without those at |cosine| above .3 to the feature; draws from the covariance of the edited stream at onsets; and
 isotropic directions, which also make up for what the others lack. None is a resample of another, so B directions
 claim no p below 1 / (B + 1).
@@ -127,6 +127,8 @@ def between(
 class NullDraws:
     """A variant's features among the controls."""
 
+    observed: Float[np.ndarray, " feature"]
+    """The features' own statistic: the mean effect over the ranked onsets."""
     p: Float[np.ndarray, " feature"]
     low: Float[np.ndarray, " feature"]
     """Of the middle 95 % of the null values, in the measure's unit."""
@@ -149,6 +151,7 @@ def rank_among(
     ends = np.array([np.quantile(values, [0.025, 0.975]) for values in draws])
     low, high = np.quantile(np.concatenate(draws), [0.025, 0.975])
     return NullDraws(
+        observed=observed,
         p=np.array([stats.rank_p(float(value), values) for value, values in zip(observed, draws, strict=True)]),
         low=ends[:, 0],
         high=ends[:, 1],

@@ -78,7 +78,7 @@ class Place:
         for number, batch in enumerate(onsets.batches):
             on_batch(number)
             clean = CleanPass.of(model, batch.tokens.to(model.device), self.layer)
-            slopes = clean.gradient(batch.positions.to(model.device), measure).cpu().numpy()
+            slopes = clean.gradient(batch.positions.to(model.device), measure).double().cpu().numpy()
             onset = batch.real.nonzero().tolist()
 
             def at(row: int, clean=clean, batch=batch, slopes=slopes, onset=onset, start=start) -> None:

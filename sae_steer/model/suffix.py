@@ -141,7 +141,8 @@ class Stored:
         past = (stored[layer] for stored in (self.clean.keys, self.clean.values))
         places = torch.arange(self.clean.keys[layer].shape[2], device=q.device)
         ahead = (places >= self.positions[..., None])[:, None]
-        mask = torch.zeros(ahead.shape, dtype=q.dtype, device=q.device).masked_fill_(ahead, float("-inf"))
+        hidden = torch.finfo(q.dtype).min  # of a first token all are: with -inf its gradient would be NaN
+        mask = torch.zeros(ahead.shape, dtype=q.dtype, device=q.device).masked_fill_(ahead, hidden)
         return _with_itself(q, k, v, *past, mask, alone=(self.positions == 0)[:, None])
 
 

@@ -45,13 +45,12 @@ def atlas_figure(record: Record, table: Mapping[str, np.ndarray]) -> Figure:
     Heights are signed square roots, so that a bound and effects a hundredth of it are both seen.
     """
     bound, variants = 100 * record["bound"]["value"], record["variants"]
-    ranked = " or ".join(count(n) for n in sorted({found["ranked_onsets"] for found in variants}))
     figure = figure_of(
         8.4,
         f"Specific to {record['target']}, and what it causes: {count(record['tested'])} features, four interventions",
         f"At dose 1, one onset edited at a time: means over n = {count(record['n'])} onsets of "
         f"{count(record['tasks'])} tasks; bars: 95 % intervals over tasks.\nControl directions have the features' "
-        f"own lengths, at {ranked} of these onsets. Numbers: those that move the measure most. Heights: square roots.",
+        "own lengths. Numbers: those that move the measure most. Heights: square roots.",
     )
     grid = figure.subplots(2, 2, sharex=True, sharey=True)
     for axes, found in zip(grid.ravel(), variants, strict=True):
@@ -108,13 +107,14 @@ def _labelled(panels: np.ndarray, variants: list[Record], table: Mapping[str, np
 def _legends(record: Record, table: Mapping[str, np.ndarray]) -> tuple[list[Artist], list[Artist]]:
     """What the tested features' marks mean, and what stands behind them."""
     draws = min(found["null"]["draws"] for found in record["variants"])
+    ranked = " or ".join(count(n) for n in sorted({found["ranked_onsets"] for found in record["variants"]}))
     used = [look for tag, look in LOOKS.items() if (table["tag"] == tag).any()]
     point, bound = {"linestyle": "", "markeredgecolor": "white"}, number(100 * record["bound"]["value"])
     marks = [Line2D([], [], color=c, marker=m, markersize=s, label=label, **point) for label, c, m, s in reversed(used)]
     dots = f"all {count(record['alive'])} alive features, by gradient times activation"
     return marks, [
         Patch(color=BAND, alpha=0.4, label=f"inside the bound of {bound} points"),
-        Patch(color=NULL, alpha=0.75, label=f"95 % of {count(draws)} or more control directions"),
+        Patch(color=NULL, alpha=0.75, label=f"95 % of {count(draws)} or more control directions, at {ranked} onsets"),
         Line2D([], [], color=FAINT, marker=".", linestyle="", markersize=4, label=dots),
     ]
 

@@ -13,8 +13,9 @@ The only module besides `saelens_training` that imports sae_lens, and it does so
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,7 @@ SCALER_FILE = "activation_scaler.json"
 _UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, SafetensorError)
 """What sae_lens raises for files it cannot read, depending on what is wrong with them."""
 _ROW_NORMS = ("layer_norm", "constant_norm_rescale")
+_KEEPS_SCALES = Lock()
 
 
 def sae_lens() -> ModuleType:
@@ -71,7 +73,12 @@ class SAELensDictionary(nn.Module):
                 f"these rows have {x.shape[1]} dimensions and the dictionary reads {self.config.d_in}; "
                 "use the dictionary trained on this model and layer"
             )
-        return SparseCodes.joined([self._encode_slab(slab) for slab in x.split(SLAB)])
+        with self._alone():
+            return SparseCodes.joined([self._encode_slab(slab) for slab in x.split(SLAB)])
+
+    def _alone(self) -> AbstractContextManager:
+        """One thread at a time where rows are normalised: sae_lens keeps their scales on the module between calls."""
+        return _KEEPS_SCALES if self.inner.cfg.normalize_activations in _ROW_NORMS else nullcontext()
 
     def _encode_slab(self, x: Float[Tensor, "row d_in"]) -> SparseCodes:
         f = self.inner.encode(x).to(x)
@@ -99,7 +106,8 @@ class SAELensDictionary(nn.Module):
     @torch.no_grad()
     def forward(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
         """x_hat of rows, by sae_lens."""
-        return torch.cat([self.inner(slab).to(x) for slab in x.split(SLAB)])
+        with self._alone():
+            return torch.cat([self.inner(slab).to(x) for slab in x.split(SLAB)])
 
     def activation_of(self, x: Float[Tensor, "row d_in"], feature: int) -> Float[Tensor, " row"]:
         """One feature's value in each row: zero where it does not fire."""

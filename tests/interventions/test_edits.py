@@ -1,13 +1,18 @@
 """The algebra of interventions."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from sae_steer.interventions.controls import isotropic
-from sae_steer.interventions.edits import Control, Inject, Subtract, ZeroAblate
+from sae_steer.interventions.edits import Control, Donor, Inject, Subtract, ZeroAblate
+from sae_steer.model.decoder import init_decoder
 from sae_steer.runtime import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
+from sae_steer.settings import DecoderSettings
 
 D_MODEL, FEATURE = 16, 3
 
@@ -110,3 +115,20 @@ def test_isotropic_directions_have_length_one_no_favourite_and_follow_the_genera
     assert drawn.mean(dim=0).abs().max() < 4 / (4_000 * D_MODEL) ** 0.5
     assert torch.equal(drawn, isotropic(4_000, D_MODEL, generator(7)))
     assert not torch.equal(drawn, isotropic(4_000, D_MODEL, generator(8)))
+
+
+def test_a_donor_is_read_once_for_all_threads_that_patch_its_stream(monkeypatch):
+    shape = DecoderSettings(n_layers=1, n_heads=2, n_kv_heads=2, d_model=16, d_head=8, d_mlp=8, d_vocab=16)
+    model, tokens, calls = init_decoder(shape, generator(5)), torch.tensor([[1, 2, 3]]), []
+
+    def slow(tokens, layers):
+        calls.append(layers)
+        time.sleep(0.05)  # the others come while this one, as TransformerLens's would, bears no second caller
+        return {layers[0]: torch.ones(1, 3, 16)}
+
+    monkeypatch.setattr(model, "resid_posts", slow)
+    donor = Donor(model, 0)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: donor.stream(tokens), range(4)))
+    assert calls == [(0,)]
+    assert all(torch.equal(stream, found[0]) for stream in found)

@@ -292,7 +292,7 @@ def atlas() -> tuple[dict, dict[str, np.ndarray]]:
             known = {"feature": feature, "variant": name, "log_odds": float(features["log_odds"][feature])}
             known |= {"size": 0.731, "firings": 171, "mean": mean, "low": mean - 3e-4, "high": mean + 4e-4}
             known |= {"low_90": mean - 2e-4, "high_90": mean + 3e-4, "estimate": float(slopes[feature])}
-            known |= {"null_low": -0.00213, "null_high": 0.00197, "tag": told}
+            known |= {"ranked_mean": 0.00041, "null_low": -0.00213, "null_high": 0.00197, "tag": told}
             p = None if told == "rare" else float(random.random())
             rows.append(known | {"p": p, "q": p, "p_beyond": p, "q_beyond": p})
         mine = {row["feature"]: row for row in rows if row["variant"] == name}

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -175,3 +176,13 @@ def test_a_foreign_dictionary_names_what_it_does_not_have() -> None:
     with pytest.raises(InputError, match="15 dimensions and the dictionary reads 16"):
         loaded.encode(X[:, 1:])
     assert isinstance(loaded.encode(X[:1]), SparseCodes)
+
+
+@pytest.mark.parametrize("name", ["standard, layer_norm", "topk, constant_norm_rescale"])
+def test_threads_that_share_a_row_normalised_dictionary_get_what_each_would_alone(name):
+    loaded = SAELensDictionary(theirs(name), "that folder")
+    rows = [scale * torch.randn(300, loaded.config.d_in, generator=generator(9, scale)) for scale in range(1, 25)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda x: loaded.encode(x).dense(), rows))
+    for x, found in zip(rows, together, strict=True):
+        torch.testing.assert_close(found, loaded.encode(x).dense())
