@@ -28,8 +28,6 @@ HERE = Path(__file__).parent
 PIECES = FOLDER / "pieces"
 D_SAE, K, BATCH = 4096, 40, 4096
 RATES = (3e-4, 1e-3, 3e-3)
-BUDGETS = (61_440, 122_880, 245_760, 491_520)
-"""Rows of ours' shorter runs, for the time to the same FVE."""
 
 
 def run(trainer: str, data: str, lr: float | None, *, rows: int | None, autocast: bool) -> dict:
