@@ -167,6 +167,8 @@ class ScanSettings:
 
 POSITIONS = ("onsets", "all", "onward")
 """Where a joint edit stands: at the onsets read, at every position, or from the first onset on."""
+MODES = ("single", "joint")
+"""Each onset edited alone, or all places of a text together."""
 CONTROLS = {"quick": 49, "full": 199, "final": 999}
 """Control directions a family: a first look, the protocol, and a result to publish."""
 

@@ -156,7 +156,7 @@ def make_atlas(
     charts, steps = [], len(onsets.batches)
     for number, place in enumerate(places := survey.places):
         named = " and ".join(variant.name for variant in place.variants)
-        swept = place.sweep(
+        swept = place.read(
             onsets,
             bench.measure,
             lambda done, first=number * steps, named=named: on_step(first + done, len(places) * steps, named),

@@ -15,10 +15,10 @@ from sae_steer.interventions import effects
 from sae_steer.interventions.controls import MAX_COSINE, decoder_rows
 from sae_steer.interventions.edits import AblateGroup, ZeroAblate
 from sae_steer.interventions.measure import Measure, Request, read, unedited
-from sae_steer.interventions.readings import MODES, Onsets, trial_rows
+from sae_steer.interventions.readings import Onsets, trial_rows
 from sae_steer.interventions.variants import Direction
 from sae_steer.model.language_model import LanguageModel
-from sae_steer.settings import InterveneSettings
+from sae_steer.settings import MODES, InterveneSettings
 
 LEAST, MOST = 4, 16
 """Features beside the one studied."""

@@ -23,7 +23,6 @@ from sae_steer.interventions.measure import Measure, OnsetRows
 from sae_steer.interventions.readings import (
     EDIT,
     JOINT_DOSES,
-    MODES,
     PATCH,
     ArmReading,
     ControlRows,
@@ -38,7 +37,7 @@ from sae_steer.interventions.readings import (
 from sae_steer.interventions.verdict import LEVEL, ModeTests, Verdict, judge, judge_study, listed
 from sae_steer.pair.texts import Text
 from sae_steer.runtime import Progress, silent
-from sae_steer.settings import InterveneSettings
+from sae_steer.settings import MODES, InterveneSettings
 from sae_steer.stats import AgainstBound
 
 GATE_TEXTS = 4

@@ -22,7 +22,6 @@ from sae_steer.interventions.measure import (
 from sae_steer.pair.texts import Text
 from sae_steer.settings import InterveneSettings
 
-MODES = ("single", "joint")
 JOINT_DOSES = "joint_doses"
 """Joint edits at every dose, with their control directions, on some of the texts."""
 EDIT, PATCH = "edit", "full patch"

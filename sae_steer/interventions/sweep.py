@@ -59,7 +59,7 @@ class Place:
     lengths: Float[np.ndarray, " length"]
     """At which the interpolation between norms is checked."""
 
-    def sweep(self, onsets: OnsetRows, measure: Measure, on_batch: Callable[[int], None]) -> Swept:
+    def read(self, onsets: OnsetRows, measure: Measure, on_batch: Callable[[int], None]) -> Swept:
         """Read everything, one clean pass a batch of texts."""
         model = self.model.decoder
         added = self.shifts[torch.from_numpy(self.tested).to(model.device)]

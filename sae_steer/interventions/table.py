@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-MODES = ("single", "joint")
+from sae_steer.settings import MODES
 
 
 def table(record: Mapping) -> str:

@@ -18,8 +18,8 @@ modes' are under seven tenths of it, neither where the larger of the two is with
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sae_steer.interventions.selftest.population import MODES
 from sae_steer.interventions.verdict import CAUSAL, NULL
+from sae_steer.settings import MODES
 
 NEITHER = "neither"
 VARIANTS = {"inject": "reference", "subtract": "target", "zero_ablate": "target", "upstream": "reference"}

@@ -19,8 +19,8 @@ from sae_steer.model.decoder import Decoder, Heads, KVHeads, Rope, Storing
 from sae_steer.model.replay import CleanPass, Edit, gather
 from sae_steer.model.suffix import DecoderSuffix, Stored
 from sae_steer.pair.texts import Text
+from sae_steer.settings import MODES
 
-MODES = ("single", "joint")
 BASE = "base"
 READ = 2
 """Onsets of each text at which effects are read, drawn once."""

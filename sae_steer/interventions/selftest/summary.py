@@ -14,8 +14,8 @@ from scipy.stats import binomtest
 
 from sae_steer import stats
 from sae_steer.interventions.selftest.kinds import KINDS, NEITHER, SIGN, TUNED, VARIANTS
-from sae_steer.interventions.selftest.population import MODES
 from sae_steer.interventions.verdict import CAUSAL, NON_SPECIFIC, NULL
+from sae_steer.settings import MODES
 
 EDGES = (0.0, 0.35, 0.7, 0.95, 1.05, 1.5, 2.0, 3.0, 4.5, 7.0, 10.0, np.inf)
 """Of the planted effect, in bounds, for the power curve."""

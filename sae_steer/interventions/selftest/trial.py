@@ -23,10 +23,10 @@ from sae_steer.interventions.selftest.kinds import (
     is_right,
     promised,
 )
-from sae_steer.interventions.selftest.population import BASE, MODES, effects
+from sae_steer.interventions.selftest.population import BASE, effects
 from sae_steer.interventions.splicing import ce_recovered
 from sae_steer.pair.texts import Text
-from sae_steer.settings import InterveneSettings
+from sae_steer.settings import MODES, InterveneSettings
 
 STRENGTHS = (0.0, 0.015, 0.03, 0.045, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4, 2.0)
 """At which a reader's effect is measured; between them it is interpolated."""
