@@ -25,7 +25,7 @@ from sae_steer.records import provenance, read_json, write_json
 from sae_steer.runtime import Progress, silent, sweep
 from sae_steer.settings import CorpusSettings, SAESettings, SelftestSettings
 
-REVISION = 1
+REVISION = 2
 """Raised by hand with every change of the protocol or of the planting that changes what a study finds."""
 RECORD_FILE = "selftest.json"
 LEVEL = "level"
