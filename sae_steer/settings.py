@@ -203,7 +203,7 @@ class InterveneSettings:
     """Of them, how many are read at the other doses, and jointly."""
     calibration: int = 40
     """Fresh directions treated as if each were the one studied."""
-    joint_control_prompts: int = 60
+    joint_control_prompts: int = 30
     """Texts on which joint edits are compared with control directions."""
     generations: int = 80
     """Sampled texts an arm, one a prompt."""

@@ -79,15 +79,17 @@ class Arm:
         found = [(name, 1.0, drawn) for name, drawn in [*self.families.items(), (FRESH, self.fresh)]]
         primary = settings.primary_dose
         others = [dose for dose in settings.doses if dose not in (0.0, primary)]
-        found += [
-            (n, dose / primary, drawn[: settings.ribbon]) for n, drawn in self.families.items() for dose in others
-        ]
+        found += [(name, dose / primary, few) for name, few in self.ribbon(settings).items() for dose in others]
         for name, scale, drawn in found:
             parts.append(drawn)
             scales.append(torch.full((len(drawn),), scale, device=drawn.device))
             places.append((name, primary * scale, slice(start, start + len(drawn))))
             start += len(drawn)
         return Fan(self.edit(primary), torch.cat(parts), torch.cat(scales)), places
+
+    def ribbon(self, settings: InterveneSettings) -> dict[str, Float[Tensor, "_direction d_model"]]:
+        """The few of each family that are read beyond the single edits at the primary dose."""
+        return {name: drawn[: settings.ribbon] for name, drawn in self.families.items()}
 
 
 @dataclass(frozen=True)

@@ -110,13 +110,18 @@ def _side_effects(reading: Reading, column: int) -> dict:
 
 
 def control_records(
-    observed: float, families: Mapping[tuple[str, float], Float[np.ndarray, " _direction"]], settings: InterveneSettings
+    observed: float,
+    families: Mapping[tuple[str, float], Float[np.ndarray, " _direction"]],
+    settings: InterveneSettings,
+    planned: Mapping[str, int] | None = None,
 ) -> list[dict]:
     """Per family: the means of its directions at the primary dose, the edit's rank among them, the other doses.
 
     Args:
         observed: the edit's own mean effect over the same rows.
         families: mean effects of control directions by (family, dose).
+        planned: sizes of families that were read until the rank was decided; the p of one cut short is that of a
+            sequential test (Besag and Clifford 1991), above the level as the whole family's would be.
     """
     primary, found = settings.primary_dose, []
     for (name, dose), means in families.items():
@@ -128,11 +133,13 @@ def control_records(
             if family == name and other != primary
         ]
         low, high = np.quantile(means, [0.025, 0.975])
+        size = len(means) if planned is None else planned[name]
         found.append(
             {
                 "family": name,
                 "count": len(means),
-                "ranked": is_ranked(len(means), settings),
+                "planned": size,
+                "ranked": is_ranked(size, settings),
                 "low": float(low),
                 "high": float(high),
                 "rank_p": stats.rank_p(observed, means),
@@ -146,6 +153,11 @@ def control_records(
 def is_ranked(count: int, settings: InterveneSettings) -> bool:
     """Whether a family is large enough to rank against."""
     return count >= min(RANKED, settings.controls)
+
+
+def least_rank(observed: float, means: Float[np.ndarray, " direction"], planned: int) -> float:
+    """The rank p if none of the members not yet read went as far as the edit."""
+    return stats.rank_p(observed, np.append(means, np.zeros(planned - len(means))))
 
 
 def worst_rank(records: Sequence[Mapping]) -> float | None:

@@ -2,13 +2,14 @@
 
 1. Read every arm at every dose, each onset alone and all of a text together, with its control directions.
 2. Compare the effects at the primary dose with the bound, Holm-corrected over variants and modes. Where a joint
-   effect lies beyond it and the single one does not decide, read the full families of joint controls too.
+   effect lies beyond it and the single one does not decide, read the full families of joint controls too, until
+   one of them rules a special effect out.
 3. Check the gates; judge each variant, then the study.
 
 `study.py` is one caller: it reads a pair and a cache, writes a plan first, and adds sampled plans.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -26,6 +27,7 @@ from sae_steer.interventions.readings import (
     PATCH,
     ArmReading,
     ControlRows,
+    Enough,
     Onsets,
     families_of,
     joint_controls,
@@ -213,21 +215,36 @@ class Weighing:
         name, arm, settings = found.arm.variant.name, found.arm, self.settings
         rank = effects.worst_rank(single)
         decided = min(self.corrected[name, "single"]) <= LEVEL and rank is not None and rank <= LEVEL
-        reading, count = found.readings[JOINT_DOSES], settings.ribbon
-        after, edit = 1 + len(found.columns[JOINT_DOSES]), found.column(JOINT_DOSES, EDIT, settings.primary_dose)
         if min(self.corrected[name, "joint"]) <= LEVEL and not decided:
-            reading, count = read_joint_controls(arm, self.onsets, self.measure, settings), settings.controls
-            after, edit = 2, 1
+            reading, places = read_joint_controls(arm, self.onsets, self.measure, settings, self._is_enough(arm))
+            edit, planned = 1, arm.families
+        else:
+            reading, planned = found.readings[JOINT_DOSES], arm.ribbon(settings)
+            places = families_of(planned, after=1 + len(found.columns[JOINT_DOSES]))
+            edit = found.column(JOINT_DOSES, EDIT, settings.primary_dose)
         means = (reading.value - reading.value[:, :1]).mean(axis=0)
-        places = families_of(arm, count, after=after)
         self.joint_controls[name] = joint_controls(found, reading, places, self.onsets, settings)
         by_family = {(family, settings.primary_dose): means[at] for family, at in places.items()}
         return {
             "n": len(self.onsets.joint_doses),
             "tasks": self.onsets.joint_doses.tasks,
             "edit_mean": float(means[edit]),
-            "families": effects.control_records(float(means[edit]), by_family, settings),
+            "families": effects.control_records(
+                float(means[edit]), by_family, settings, {name: len(drawn) for name, drawn in planned.items()}
+            ),
         }
+
+    def _is_enough(self, arm: Arm) -> Enough:
+        """Whether a family that counts has outranked the edit beyond repair: no more of any could make it special."""
+
+        def asked(edit: float, means: Mapping[str, np.ndarray]) -> bool:
+            sizes = {name: len(drawn) for name, drawn in arm.families.items()}
+            return any(
+                effects.is_ranked(sizes[name], self.settings) and effects.least_rank(edit, drawn, sizes[name]) > LEVEL
+                for name, drawn in means.items()
+            )
+
+        return asked
 
     def gap_gate(self) -> Gate:
         """Gate 8."""

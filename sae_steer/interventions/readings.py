@@ -1,10 +1,11 @@
 """What an arm does at the confirm split's onsets: every dose, both modes, and all the directions beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from sae_steer.errors import InputError
 from sae_steer.interventions.bench import Arm
@@ -19,12 +20,19 @@ from sae_steer.interventions.measure import (
     read,
     unedited,
 )
+from sae_steer.model.replay import Edit
 from sae_steer.pair.texts import Text
 from sae_steer.settings import InterveneSettings
 
 JOINT_DOSES = "joint_doses"
 """Joint edits at every dose, with their control directions, on some of the texts."""
 EDIT, PATCH = "edit", "full patch"
+ROUND = 25
+"""Directions of each family that are read jointly before it is asked whether more of them could matter."""
+Columns = slice | Int[np.ndarray, " direction"]
+"""Where some edits stand in a reading."""
+Enough = Callable[[float, Mapping[str, Float[np.ndarray, " direction"]]], bool]
+"""The mean effects of the edit and of each family's directions so far -> whether the rest need not be read."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,7 @@ def read_arm(arm: Arm, onsets: Onsets, measure: Measure, settings: InterveneSett
         measure,
     )
     few = doses | others
-    listed = [unedited, *few.values(), *_controls(arm, settings, settings.ribbon)]
+    listed = [unedited, *few.values(), *_controls(arm.edit(primary), arm.ribbon(settings))]
     dosed, elsewhere = read(
         model,
         layer,
@@ -123,24 +131,48 @@ def read_arm(arm: Arm, onsets: Onsets, measure: Measure, settings: InterveneSett
     )
 
 
-def read_joint_controls(arm: Arm, onsets: Onsets, measure: Measure, settings: InterveneSettings) -> Reading:
-    """Unedited, the edit, and all directions of every family in turn, jointly on some of the texts."""
-    edits = [unedited, arm.edit(settings.primary_dose), *_controls(arm, settings, settings.controls)]
-    request = Request(onsets.joint_doses, edits, joint=True, places=settings.positions)
-    return read(arm.model.decoder, arm.layer, [request], measure)[0]
+def read_joint_controls(
+    arm: Arm, onsets: Onsets, measure: Measure, settings: InterveneSettings, is_enough: Enough
+) -> tuple[Reading, dict[str, Columns]]:
+    """Unedited, the edit, and the directions of every family in turn, jointly on some of the texts.
+
+    A round of each family is read at a time, until all are or `is_enough`. Beside the reading: the columns of each
+    family.
+    """
+    parts: list[Reading] = []
+    places: dict[str, list[int]] = {name: [] for name in arm.families}
+    edit, width = arm.edit(settings.primary_dose), 0
+    for start in range(0, settings.controls, ROUND):
+        drawn = {name: units[start : start + ROUND] for name, units in arm.families.items()}
+        edits = [unedited, edit, *_controls(edit, drawn)]
+        request = Request(onsets.joint_doses, edits, joint=True, places=settings.positions)
+        parts += read(arm.model.decoder, arm.layer, [request], measure)
+        for name, at in families_of(drawn, after=width + 2).items():
+            places[name] += range(at.start, at.stop)
+        width += len(edits)
+        means = np.concatenate([(part.value - part.value[:, :1]).mean(axis=0) for part in parts])
+        if is_enough(float(means[1]), {name: means[at] for name, at in places.items()}):
+            break
+    whole = [np.concatenate(columns, axis=1) for columns in zip(*map(_columns, parts), strict=True)]
+    return Reading(*whole), {name: np.array(at, dtype=int) for name, at in places.items()}
 
 
-def _controls(arm: Arm, settings: InterveneSettings, count: int) -> list[Control]:
-    edit = Remembered(arm.edit(settings.primary_dose))
-    return [Control(edit, unit) for drawn in arm.families.values() for unit in drawn[:count]]
+def _columns(reading: Reading) -> tuple[np.ndarray, ...]:
+    return reading.value, reading.delivered, reading.kl, reading.off_target
 
 
-def families_of(arm: Arm, count: int, *, after: int) -> dict[str, slice]:
-    """Where `count` directions of each family stand among the columns of a joint reading, the first at `after`."""
+def _controls(edit: Edit, families: Mapping[str, Float[Tensor, "_direction d_model"]]) -> list[Control]:
+    """The directions of every family in turn, as far as `edit` goes."""
+    known = Remembered(edit)
+    return [Control(known, unit) for drawn in families.values() for unit in drawn]
+
+
+def families_of(families: Mapping[str, Float[Tensor, "_direction d_model"]], *, after: int) -> dict[str, slice]:
+    """Where the directions of each family stand among the columns of a joint reading, the first at `after`."""
     found, start = {}, after
-    for name, drawn in arm.families.items():
-        stop = start + min(count, len(drawn))
-        found[name], start = slice(start, stop), stop
+    for name, drawn in families.items():
+        found[name] = slice(start, start + len(drawn))
+        start += len(drawn)
     return found
 
 
@@ -199,7 +231,7 @@ def single_controls(found: ArmReading, onsets: Onsets, settings: InterveneSettin
 
 
 def joint_controls(
-    found: ArmReading, reading: Reading, places: Mapping[str, slice], onsets: Onsets, settings: InterveneSettings
+    found: ArmReading, reading: Reading, places: Mapping[str, Columns], onsets: Onsets, settings: InterveneSettings
 ) -> list[ControlRows]:
     """Those of every family, all onsets of some texts edited together; `places` says where each stands in `reading`."""
     return [

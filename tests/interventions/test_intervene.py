@@ -5,13 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from toy import CACHE, CORPUS, FEATURE, INTERVENE, toy_sae, write_toy_pair
+from toy import CACHE, CAUSE, CORPUS, FEATURE, INTERVENE, SIZE, toy_sae, write_toy_pair
 
 from sae_steer import stats
 from sae_steer.cache import cache_activations
 from sae_steer.dictionary import Dictionary
 from sae_steer.errors import InputError
-from sae_steer.interventions import protocol
+from sae_steer.interventions import controls as families
+from sae_steer.interventions import effects, protocol, readings
 from sae_steer.interventions.readings import Onsets
 from sae_steer.interventions.study import RECORD_FILE, TRIALS_FILE, intervene, load_study
 from sae_steer.interventions.variants import Direction, four_variants
@@ -465,6 +466,40 @@ def test_joint_controls_are_read_in_full_only_where_the_verdict_turns_on_them(
         "NON-SPECIFIC",
         "INCONCLUSIVE",
     }
+
+
+def test_joint_controls_stop_being_read_once_no_more_of_them_could_make_the_edit_special(
+    toy_pair, toy_cache, toy_dictionary, monkeypatch
+):
+    cause, other = torch.eye(toy_pair.target.decoder.shape.d_model)[[CAUSE, CAUSE + 3]]
+    half = SIZE * (cause + other)  # what goes along the cause alone goes further
+    monkeypatch.setattr(families, "isotropic", lambda count, *a: cause.repeat(count, 1))
+    monkeypatch.setattr(readings, "ROUND", 5)
+
+    def joint_families():
+        made = intervene(toy_pair, toy_dictionary, direction=half, cache=toy_cache, settings=EXACT)
+        inject = made.record["variants"][0]
+        found = {family["family"]: family for family in inject["joint_controls"]["families"]}
+        return found, [variant["verdict"] for variant in made.record["variants"]]
+
+    stopped, verdicts = joint_families()
+    monkeypatch.setattr(effects, "least_rank", lambda *a: 0.0)
+    whole, verdicts_of_all = joint_families()
+    assert verdicts == verdicts_of_all
+    assert verdicts[0] == "NON-SPECIFIC"
+    for family in ("isotropic", "covariance"):
+        few, every = stopped[family], whole[family]
+        assert (few["count"], few["planned"], every["count"]) == (5, EXACT.controls, EXACT.controls)
+        assert few["means"] == every["means"][:5]
+    assert stopped["isotropic"]["ranked"]
+    assert stopped["isotropic"]["rank_p"] > 0.05
+
+
+@pytest.mark.parametrize("read", [0, 5, 198, 199])
+def test_the_least_rank_is_that_of_a_family_whose_others_do_nothing(read):
+    means = np.random.default_rng(3).normal(size=199)
+    others = np.concatenate([means[:read], np.full(199 - read, 1e-9)])
+    assert effects.least_rank(0.5, means[:read], 199) == stats.rank_p(0.5, others) <= stats.rank_p(0.5, means)
 
 
 def test_the_four_variants_edit_where_the_protocol_says():

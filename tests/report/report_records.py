@@ -135,7 +135,7 @@ def family(name: str, seed: int) -> dict:
     means = np.random.default_rng(seed).normal(0, 0.0011, 99)
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
     ribbon = [{"dose": dose, "low": -0.001 * dose, "high": 0.0012 * dose, "count": 8} for dose in DOSES if dose != 1]
-    known = {"family": name, "count": 99, "ranked": True, "low": low, "high": high, "rank_p": 0.07}
+    known = {"family": name, "count": 99, "planned": 99, "ranked": True, "low": low, "high": high, "rank_p": 0.07}
     return known | {"means": means.tolist(), "ribbon": ribbon}
 
 
