@@ -87,8 +87,8 @@ class CacheSettings:
     """Type stored: `float16`, `bfloat16`, `float32`, or `auto`: float16 if a sample leaves room in it, or bfloat16."""
     rows_per_shard: int = 65_536
     """Rows a shard holds at most; a kill costs at most one shard."""
-    tokens_per_batch: int = 2_048
-    """Padding counted; on two cores a fifth faster than 8,192, whose activations leave the processor's cache."""
+    tokens_per_batch: int = 768
+    """Padding counted; a batch runs on one core, and the activations of a larger one leave its cache."""
     precision: str = "bfloat16"
     """Type of the models' matrix products: `float32` or `bfloat16`."""
 

@@ -23,11 +23,12 @@ from sae_steer.cache.shard import finished_shards, has_length, write_shard
 from sae_steer.cache.storage import AUTO, DTYPES, narrowest
 from sae_steer.errors import InputError, SteerError
 from sae_steer.model.batching import length_batches, pad
+from sae_steer.model.decoder import Decoder
 from sae_steer.model.streams import stream_reader
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import GeneratedTexts, Text, TextSource
 from sae_steer.records import already_done, provenance, read_json, write_json
-from sae_steer.runtime import Progress, World, keep_freed_memory, silent, sweep
+from sae_steer.runtime import Progress, World, in_threads, keep_freed_memory, silent, sweep
 from sae_steer.settings import DEFAULT_LAYER, CacheSettings
 
 TRIED = 64
@@ -208,14 +209,23 @@ def _streams(
     model: NamedModel, layers: tuple[int, ...], texts: Sequence[Text], settings: CacheSettings
 ) -> dict[int, np.ndarray]:
     """{layer: [row, d_model] float32} over the texts' rows, in order."""
-    read = stream_reader(model.decoder, layers, World.local(precision=settings.precision))
+    world = World.local(precision=settings.precision)
+    read = stream_reader(model.decoder, layers, world)
     starts = np.cumsum([0, *(len(text) for text in texts)])
     streams = {layer: np.empty((starts[-1], model.decoder.shape.d_model), dtype=np.float32) for layer in layers}
-    for batch in length_batches([len(text) for text in texts], settings.tokens_per_batch):
+    batches = list(length_batches([len(text) for text in texts], settings.tokens_per_batch))
+
+    def place(batch: list[int]) -> None:
         for layer, resid in read(pad([texts[i].token.tolist() for i in batch], 0)).items():
             values = resid.cpu().numpy()
             for row, i in enumerate(batch):
                 streams[layer][starts[i] : starts[i + 1]] = values[row, : len(texts[i])]
+
+    if isinstance(model.decoder, Decoder):
+        in_threads(place, batches, world.device)
+    else:  # TransformerLens caches in one thread at a time
+        for batch in batches:
+            place(batch)
     return streams
 
 

@@ -5,6 +5,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny_cache import FEW, SETTINGS, contents, refusal, write
 from tiny_pair import SHAPE, lively
 
@@ -18,6 +19,25 @@ from sae_steer.settings import CorpusSettings
 def test_written_twice_the_files_are_the_same(tiny, whole, tmp_path):
     write(tiny, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(whole)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_bytes_do_not_depend_on_how_many_threads_share_the_batches(tiny, tmp_path, precision, monkeypatch):
+    settings = replace(SETTINGS, precision=precision, tokens_per_batch=300)
+    seen = []
+    right = writing.pad
+    monkeypatch.setattr(writing, "pad", lambda *a: seen.append(threading.current_thread().name) or right(*a))
+    threads, made = torch.get_num_threads(), {}
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            write(tiny, tmp_path / str(count), settings=settings)
+            made[count] = contents(tmp_path / str(count)), len(set(seen))
+            seen.clear()
+    finally:
+        torch.set_num_threads(threads)
+    assert made[1][0] == made[2][0]
+    assert (made[1][1], made[2][1]) == (1, 2)
 
 
 def test_a_finished_cache_is_reused(tiny, mine):
