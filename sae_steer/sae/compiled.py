@@ -17,11 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sae_steer.runtime import in_threads
 from sae_steer.sae import loops
 from sae_steer.sae.architectures import SLAB
 from sae_steer.sae.kernels import Part, Reconstruction, RowCodes, preactivations
 from sae_steer.sae.kernels import select_topk as torch_select_topk
 
+AT_ONCE = 256
+"""Rows whose pre-activations a thread makes and reads before they leave the cache."""
 BLOCK = 64
 """Features whose parts of the gradient of b_dec are summed together."""
 
@@ -59,19 +62,15 @@ def select_topk(
     if x.dtype != torch.bfloat16:
         return torch_select_topk(x, W, bias, k)
     indices, values, counts = _empty_codes(len(x), k)
-    for start, slab, pre in _slabs(x, W, bias):
-        here = slice(start, start + len(slab))
+
+    def choose(start: int) -> None:
+        here = slice(start, start + AT_ONCE)
+        pre = preactivations(x[here], W, bias)
         out = (indices[here].numpy(), values[here].numpy(), counts[here].numpy())
-        _each(loops.select_topk, len(slab), pre.view(torch.int16).numpy(), k, *out)
+        loops.select_topk(0, len(pre), pre.view(torch.int16).numpy(), k, *out)
+
+    in_threads(choose, range(0, len(x), AT_ONCE), x.device)
     return RowCodes(indices, values, counts)
-
-
-def _slabs(x: Tensor, W: Tensor, bias: Tensor):
-    """(first row, rows, their pre-activations) of each slab; the pre-activations live until the next one."""
-    room = torch.empty(min(SLAB, len(x)), len(W), dtype=x.dtype)
-    for start in range(0, len(x), SLAB):
-        slab = x[start : start + SLAB]
-        yield start, slab, torch.addmm(bias, slab, W.T, out=room[: len(slab)])
 
 
 @torch.no_grad()
