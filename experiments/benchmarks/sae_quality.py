@@ -7,7 +7,7 @@
 Every run reads 1,015,808 rows once in batches of 4096 (ours: its documented batch), d_sae 4096, k 40. FVE needs no
 quiet machine. The time to the same FVE is rows needed / the rows/s measured on a quiet one (SAELens under autocast by
 sae_speed.py, ours at its documented batch by sae_scaling.py); rows needed are those of the shortest whole run of ours
-that reaches SAELens's best FVE.
+that reaches SAELens's best FVE, once with our defaults and once with whatever rate and decay were tried.
 """
 
 import argparse
@@ -30,12 +30,14 @@ D_SAE, K, BATCH = 4096, 40, 4096
 RATES = (3e-4, 1e-3, 3e-3)
 
 
-def run(trainer: str, data: str, lr: float | None, *, rows: int | None, autocast: bool) -> dict:
+def run(
+    trainer: str, data: str, lr: float | None, *, rows: int | None, autocast: bool, chosen: dict[str, float]
+) -> dict:
     """Train one dictionary and measure it on held-out rows."""
     source, held_out = StoredRows.open(f"{data}-train"), StoredRows.open(f"{data}-held-out")
     rows = rows or source.n_rows
     shape = {"d_in": source.d_in, "d_sae": D_SAE, "k": K, "batch_size": BATCH}
-    settings = SAESettings(d_sae=D_SAE, k=K, rows=rows, **({"lr": lr} if lr else {}))
+    settings = SAESettings(d_sae=D_SAE, k=K, rows=rows, lr=lr, **chosen)
     if trainer == "ours":
         made, size = ours(source, settings), settings.batch_size
     else:
@@ -56,7 +58,7 @@ def run(trainer: str, data: str, lr: float | None, *, rows: int | None, autocast
     if data == "synthetic":
         found["mean_max_cosine"] = mean_max_cosine(directions())
     return {"trainer": trainer, "data": data, "lr": lr, "trained_rows": rows, "batch_size": size,
-            "autocast": autocast, "cpu_seconds": spent, "settings": dataclasses.asdict(settings)
+            "autocast": autocast, "chosen": chosen, "cpu_seconds": spent, "settings": dataclasses.asdict(settings)
             if trainer == "ours" else None, **found}  # fmt: skip
 
 
@@ -65,9 +67,11 @@ def mean_max_cosine(directions: torch.Tensor) -> float:
     return float((known_features() @ normalize(directions.float(), dim=1).T).max(1).values.mean())
 
 
-def piece(trainer: str, data: str, lr: float | None, rows: int | None, autocast: bool) -> Path:
+def piece(
+    trainer: str, data: str, lr: float | None, rows: int | None, autocast: bool, chosen: dict[str, float]
+) -> Path:
     """Where a run's figures are kept."""
-    parts = [trainer, data, lr and f"{lr:g}", rows, autocast and "autocast"]
+    parts = [trainer, data, lr and f"{lr:g}", rows, autocast and "autocast", *(f"{k}-{v:g}" for k, v in chosen.items())]
     return PIECES / f"quality-{'-'.join(str(part) for part in parts if part)}.json"
 
 
@@ -91,24 +95,38 @@ def compared(runs: list[dict]) -> dict | None:
         return None
     equal = [one for one in runs if one["trained_rows"] == max(shared)]
     theirs = [one for one in equal if one["trainer"] == "saelens"]
-    best, own = max(theirs, key=lambda one: one["fve"]), next(one for one in equal if one["trainer"] == "ours")
-    reached = [one["trained_rows"] for one in runs if one["trainer"] == "ours" and one["fve"] >= best["fve"]]
+    best = max(theirs, key=lambda one: one["fve"])
+    own = next(one for one in equal if one["trainer"] == "ours" and is_default(one))
+    reached = [one for one in runs if one["trainer"] == "ours" and one["fve"] >= best["fve"]]
+    seconds = max(shared) / read_json(HERE / "sae_speed.json")["rows_per_second"]["saelens_autocast"]
     found = {
         "rows": max(shared),
         "saelens_rates_tried": sorted(one["lr"] for one in theirs),
         "saelens_best_rate": best["lr"],
         "fve_difference": own["fve"] - best["fve"],
-        "rows_of_ours_to_saelens_fve": min(reached) if reached else None,
+        "seconds_of_saelens": seconds,
+        "to_saelens_fve_by_defaults": soonest([one for one in reached if is_default(one)], seconds),
+        "to_saelens_fve": soonest(reached, seconds),
     }
-    if reached:
-        known = read_json(HERE / "sae_scaling.json")["by_width"][0], read_json(HERE / "sae_speed.json")
-        seconds = min(reached) / known[0]["ours"], max(shared) / known[1]["rows_per_second"]["saelens_autocast"]
-        found |= {"seconds_to_saelens_fve": seconds[0], "seconds_of_saelens": seconds[1]}
-        found["ratio_of_time_to_saelens_fve"] = seconds[1] / seconds[0]
     for name in ("fve", "dead", "mean_max_cosine"):
         if name in own:
             found |= {name: own[name], f"{name}_saelens": best[name]}
     return found
+
+
+def is_default(one: dict) -> bool:
+    """Whether a run of ours is one at our documented rate and decay."""
+    return one["lr"] is None and not one.get("chosen")
+
+
+def soonest(runs: list[dict], seconds_of_saelens: float) -> dict | None:
+    """The shortest of our runs, and in how much less time it is done."""
+    if not runs:
+        return None
+    run = min(runs, key=lambda one: one["trained_rows"])
+    seconds = run["trained_rows"] / read_json(HERE / "sae_scaling.json")["by_width"][0]["ours"]
+    known = {name: run[name] for name in ("trained_rows", "lr", "fve", "dead")}
+    return {**known, "chosen": run.get("chosen"), "seconds": seconds, "ratio": seconds_of_saelens / seconds}
 
 
 def main() -> None:
@@ -119,13 +137,16 @@ def main() -> None:
     parser.add_argument("lr", nargs="?", type=float)
     parser.add_argument("--rows", type=int, help="a shorter run")
     parser.add_argument("--autocast", action="store_true")
+    parser.add_argument("--decay", type=float, help="of ours; by default the documented one")
     asked = parser.parse_args()
     if asked.trainer is None:
         print(write_json(HERE / "sae_quality.json", join()))
         return
-    path = piece(asked.trainer, asked.data, asked.lr, asked.rows, asked.autocast)
+    chosen = {"decay": asked.decay} if asked.decay else {}
+    path = piece(asked.trainer, asked.data, asked.lr, asked.rows, asked.autocast, chosen)
     if not path.is_file():
-        write_json(path, run(asked.trainer, asked.data, asked.lr, rows=asked.rows, autocast=asked.autocast))
+        found = run(asked.trainer, asked.data, asked.lr, rows=asked.rows, autocast=asked.autocast, chosen=chosen)
+        write_json(path, found)
     print(path)
 
 
