@@ -4,6 +4,8 @@ Dictionaries that differ in their seed alone learn partly different features (Pa
 1. Between two dictionaries, features are matched one to one so that the sum of decoder cosines is largest (the
    Hungarian algorithm, as there).
 2. A feature's stability is the mean, or the least, cosine with its matches in all the other dictionaries.
+3. What chance would give: the same match after one dictionary is turned by a random rotation, which keeps how its
+   features lie to each other.
 
 The record of it stands beside each dictionary and belongs to its weights, by their hash.
 """
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
+from scipy.stats import ortho_group
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -29,6 +32,7 @@ from sae_steer.sae.architectures import SparseDictionary
 RECORD_FILE, TABLE_FILE = "seed_stability.json", "seed_stability.parquet"
 LEVELS = (0.7, 0.9)
 """Cosines above which a match counts; at .7 Paulo and Belrose call a feature shared (there by the encoder as well)."""
+CHANCE_SEED = 0
 MOST_FEATURES = 16_384
 """A match of 4,096 features takes 3 s, and time and memory grow with the square of their number, or faster."""
 
@@ -100,6 +104,13 @@ def match(
     return found, products[rows, found]
 
 
+@torch.no_grad()
+def chance_cosines(one: SparseDictionary, other: SparseDictionary) -> Float[np.ndarray, " d_sae"]:
+    """Cosines of matched features after `other` is turned at random: dictionaries that have nothing in common."""
+    rotation = ortho_group.rvs(one.config.d_in, random_state=CHANCE_SEED)
+    return match(_unit_rows(one), _unit_rows(other) @ torch.from_numpy(rotation).float())[1]
+
+
 def _unit_rows(sae: SparseDictionary) -> Float[Tensor, "d_sae d_in"]:
     rows = torch.stack([sae.direction(feature) for feature in range(sae.config.d_sae)])
     return normalize(rows.float().cpu(), dim=1)
@@ -122,13 +133,14 @@ def find_or_compare(folders: Sequence[SeedFolder], saes: Sequence[SparseDictiona
     origins = [_origin(own, [other for other in folders if other is not own]) for own in folders]
     if all(_is_there(own.path, origin) for own, origin in zip(folders, origins, strict=True)):
         return
-    for own, origin, stability in zip(folders, origins, seed_stability(saes), strict=True):
-        _save(own, [other for other in folders if other is not own], origin, stability)
+    compared, chance = seed_stability(saes), chance_cosines(*saes[:2])
+    for own, origin, stability in zip(folders, origins, compared, strict=True):
+        _save(own, [other for other in folders if other is not own], origin, stability, chance)
 
 
 def _origin(own: SeedFolder, others: Sequence[SeedFolder]) -> dict:
     weights = {"dictionary": own.sha256} | {f"seed {other.seed}": other.sha256 for other in others}
-    return provenance(settings={"seed": own.seed, "levels": LEVELS}, inputs=weights)
+    return provenance(settings={"seed": own.seed, "levels": LEVELS, "chance_seed": CHANCE_SEED}, inputs=weights)
 
 
 def _is_there(folder: Path, origin: Mapping) -> bool:
@@ -137,19 +149,20 @@ def _is_there(folder: Path, origin: Mapping) -> bool:
     return path.is_file() and first_difference(read_json(path)["provenance"], origin, parts=parts) is None
 
 
-def _save(own: SeedFolder, others: Sequence[SeedFolder], origin: Mapping, stability: SeedStability) -> None:
+def _save(
+    own: SeedFolder,
+    others: Sequence[SeedFolder],
+    origin: Mapping,
+    stability: SeedStability,
+    chance: Float[np.ndarray, " d_sae"],
+) -> None:
     (own.path / RECORD_FILE).unlink(missing_ok=True)
     columns = {"feature": np.arange(len(stability.mean)), "mean": stability.mean, "least": stability.least}
     for other, matches, cosines in zip(others, stability.matches, stability.cosines, strict=True):
         columns |= {f"match/{other.seed}": matches, f"cosine/{other.seed}": cosines}
     write_table(own.path / TABLE_FILE, columns)
     pairs = [
-        {
-            "seed": other.seed,
-            "folder": other.path.name,
-            "mean": float(cosines.mean()),
-            "above": {str(level): float((cosines > level).mean()) for level in LEVELS},
-        }
+        {"seed": other.seed, "folder": other.path.name, **_summary(cosines)}
         for other, cosines in zip(others, stability.cosines, strict=True)
     ]
     record = {
@@ -158,8 +171,13 @@ def _save(own: SeedFolder, others: Sequence[SeedFolder], origin: Mapping, stabil
         "all": stability.summary(np.ones(len(stability.mean), bool)),
         "alive": None if own.alive is None else stability.summary(own.alive),
         "others": pairs,
+        "by_chance": _summary(chance),
     }
     write_json(own.path / RECORD_FILE, record)
+
+
+def _summary(cosines: Float[np.ndarray, " d_sae"]) -> dict:
+    return {"mean": float(cosines.mean()), "above": {str(level): float((cosines > level).mean()) for level in LEVELS}}
 
 
 def load_stability(folder: Path, weights: str) -> SeedStability | None:

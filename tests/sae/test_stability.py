@@ -17,6 +17,7 @@ from sae_steer.sae.stability import (
     RECORD_FILE,
     TABLE_FILE,
     SeedFolder,
+    chance_cosines,
     find_or_compare,
     load_stability,
     match,
@@ -86,6 +87,15 @@ def test_what_cannot_be_compared_is_told_in_one_line() -> None:
         seed_stability([wide, wide])
 
 
+def test_chance_matches_what_has_nothing_in_common_and_does_not_see_what_does() -> None:
+    (one, _), (other, _) = seeded(0), seeded(1)
+    alike, by_chance = seed_stability([one, other])[0].cosines[0], chance_cosines(one, other)
+    strangers = match(*(normalize(torch.randn(32, 64, generator=generator(seed, 3)), dim=1) for seed in (1, 2)))[1]
+    assert alike.mean() > 0.6
+    assert by_chance.mean() == pytest.approx(strangers.mean(), abs=0.02)
+    assert np.array_equal(by_chance, chance_cosines(one, other)), "drawn once"
+
+
 def test_the_record_comes_back_and_belongs_to_its_weights(tmp_path: Path) -> None:
     saes = [seeded(seed)[0] for seed in (4, 5)]
     alive = np.arange(32) < 8
@@ -101,6 +111,7 @@ def test_the_record_comes_back_and_belongs_to_its_weights(tmp_path: Path) -> Non
         assert record["seeds"] == 2
         assert record["alive"] == stability.summary(alive)
         assert record["others"][0]["above"]["0.7"] == (stability.cosines[0] > 0.7).mean()
+        assert record["by_chance"]["mean"] == pytest.approx(chance_cosines(*saes).mean())
         assert list(read_table(own.path / TABLE_FILE)) == [
             "feature", "mean", "least", f"match/{other}", f"cosine/{other}",
         ]  # fmt: skip
