@@ -11,10 +11,11 @@ from sae_steer import stats
 from sae_steer.dictionary import Dictionary
 from sae_steer.errors import InputError
 from sae_steer.interventions import attribution, pool
-from sae_steer.interventions.atlas import BEYOND, INSIDE, RARE, load_atlas, make_atlas, tag
+from sae_steer.interventions.atlas import load_atlas, make_atlas
 from sae_steer.interventions.directions import feature_direction, feature_directions
 from sae_steer.interventions.readings import Onsets
 from sae_steer.interventions.study import intervene
+from sae_steer.interventions.survey import BEYOND, INSIDE, RARE, tag
 from sae_steer.model.readout import TargetMass
 from sae_steer.model.replay import CleanPass
 from sae_steer.settings import AtlasSettings
