@@ -33,7 +33,7 @@ from sae_steer.runtime import joined, write_text
 from sae_steer.settings import CacheSettings, CorpusSettings
 
 TEXTS = GeneratedTexts(CorpusSettings(train_plans=24, scan_plans=8, tune_plans=4, confirm_plans=8))
-SETTINGS = CacheSettings(rows_per_shard=512, tokens_per_batch=2_048)
+SETTINGS = CacheSettings(rows_per_shard=512, tokens_per_batch=256)
 LAYERS = (1, 2)
 PATIENCE = 120.0
 """Seconds after which a survivor counts as hanging."""
