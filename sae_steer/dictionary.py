@@ -243,9 +243,10 @@ def load_dictionary(folder: Path, *, model: NamedModel | None = None, layer: int
 def adopt_dictionary(sae: SparseDictionary, *, model: NamedModel, layer: int) -> Dictionary:
     """A dictionary made elsewhere, taken as one of `model`'s stream after block `layer`."""
     hook = getattr(sae, "hook", None)
-    if hook and hook != site(layer):
+    if hook and hook not in (site(layer), f"blocks.{layer + 1}.hook_resid_pre"):  # one stream by two names
         raise InputError(
-            f"this dictionary says it reads {hook}, and {site(layer)} was asked for; name the layer it was trained on"
+            f"this dictionary says it reads {hook}, and {site(layer)} was asked for; name the layer it was trained on "
+            "(what enters block N is layer N - 1)"
         )
     weights = sorted(sae.state_dict().items())
     parts = (part for name, weight in weights for part in (name.encode(), weight.float().cpu().numpy().tobytes()))

@@ -183,6 +183,10 @@ def _single_threads(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_single_threads.cache_clear)  # a child has none of its parent's threads
+
+
 @runtime_checkable
 class Progress(Protocol):
     """What long work tells its caller: the command line draws it, tests collect it."""

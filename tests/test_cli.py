@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -436,3 +437,27 @@ def test_two_processes_of_torchrun_learn_the_dictionary_of_one(here):
     two, one = (load_file(f"{folder}/sae_weights.safetensors") for folder in ("two", "one"))
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-5)
+
+
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path):
+    write_toy_pair(tmp_path / "pair")
+    arguments = ["--pair", "pair", "--train-plans", "1500", "--scan-plans", "4", "--tune-plans", "4"]
+    arguments += ["--confirm-plans", "4", "--out", "cached"]
+    command = [sys.executable, "-m", "sae_steer", "cache", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(sae_steer.__file__).parents[1])}
+    start = partial(subprocess.Popen, command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    with start(stdout=subprocess.DEVNULL) as begun:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "cached").glob("shard-*.json")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        begun.send_signal(signal.SIGINT)
+        told = begun.communicate(timeout=60)[1]
+    assert begun.returncode == 1
+    assert told.splitlines()[-1] == (
+        "Error: interrupted; what is finished is kept, and the same command goes on from there"
+    )
+    assert "Traceback" not in told
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cached").glob("shard-*.h5")}
+    assert kept
+    assert subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=300).returncode == 0
+    assert all((tmp_path / "cached" / name).stat().st_mtime_ns == moment for name, moment in kept.items())

@@ -297,3 +297,14 @@ def test_trackers_are_told_in_the_first_ones_folder_and_change_no_byte(small, wh
     assert [told.value for told in found.Scalars("loss")] == pytest.approx([loss for _, loss in steps])
     with pytest.raises(InputError, match="no log 'mlflow'"):
         train_sae(small, model="adhd", layer=2, out=tmp_path / "b", settings=SETTINGS, trackers=("mlflow",))
+
+
+def test_a_dictionary_of_what_enters_a_block_is_one_of_the_layer_below(tiny, tmp_path):
+    inner = sae_lens().StandardSAE(sae_lens().StandardSAEConfig(d_in=SHAPE.d_model, d_sae=24))
+    inner.cfg.metadata.hook_name = "blocks.2.hook_resid_pre"
+    inner.save_model(tmp_path)
+    adopted = load_dictionary(tmp_path, model=tiny.target, layer=1)
+    assert (adopted.layer, adopted.record["hook"]) == (1, "blocks.1.hook_resid_post")
+    for layer in (0, 2, 3):
+        with pytest.raises(InputError, match=r"reads blocks\.2\.hook_resid_pre.*what enters block N is layer N - 1"):
+            load_dictionary(tmp_path, model=tiny.target, layer=layer)

@@ -143,7 +143,8 @@ def strike(writers: list, out: Path, draw: random.Random, longest: float, tally:
 
 
 def write(pair: ModelPair, out: Path, rank: int, size: int, port: int, joint) -> None:
-    """One of the processes, as torchrun would start it."""
+    """One of the processes, as torchrun would start it; two threads share the batches of each."""
+    torch.set_num_threads(2)
     os.environ |= {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:

@@ -22,6 +22,7 @@ from cache_rows import RepeatedTexts, anonymous_megabytes, random_pair
 
 from sae_steer import cache_activations
 from sae_steer.cache import ActivationCache, site
+from sae_steer.records import commit
 from sae_steer.runtime import write_text
 from sae_steer.settings import DecoderSettings
 
@@ -87,6 +88,7 @@ def main() -> None:
             "memmap": rows_a_second(by_memmap(cache), 20),
         }
         record = {
+            "commit": commit(),
             "what": f"shuffled batches of {BATCH} x 512 float16 rows to float32 tensors, from the page cache",
             "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
             "cache": {"bytes": size, "rows": rows.n_rows, "shards": len(rows.maps)},

@@ -28,6 +28,7 @@ from sae_steer.model.batching import pad
 from sae_steer.model.lens import to_hooked_transformer
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import GeneratedTexts, Text
+from sae_steer.records import commit
 from sae_steer.runtime import write_text
 from sae_steer.settings import PRESETS, SPLITS, CacheSettings, CorpusSettings
 
@@ -113,6 +114,7 @@ def main() -> None:
             settings=CacheSettings(precision="bfloat16", dtype="float32"),
         )  # fmt: skip
         record = {
+            "commit": commit(),
             "what": "caching the stream after block 2 of two 23M models, writes included",
             "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
             "versions": {name: version(name) for name in ("torch", "transformer-lens", "h5py")},

@@ -137,12 +137,14 @@ def main() -> None:
     parser.add_argument("lr", nargs="?", type=float)
     parser.add_argument("--rows", type=int, help="a shorter run")
     parser.add_argument("--autocast", action="store_true")
-    parser.add_argument("--decay", type=float, help="of ours; by default the documented one")
+    parser.add_argument("--decay", type=float, help="of ours alone; by default the documented one")
     asked = parser.parse_args()
+    if asked.decay is not None and asked.trainer != "ours":
+        parser.error("--decay is of ours alone")
     if asked.trainer is None:
         print(write_json(HERE / "sae_quality.json", join()))
         return
-    chosen = {"decay": asked.decay} if asked.decay else {}
+    chosen = {} if asked.decay is None else {"decay": asked.decay}
     path = piece(asked.trainer, asked.data, asked.lr, asked.rows, asked.autocast, chosen)
     if not path.is_file():
         found = run(asked.trainer, asked.data, asked.lr, rows=asked.rows, autocast=asked.autocast, chosen=chosen)

@@ -136,6 +136,12 @@ def first_token_purity(
 ) -> TargetTokens:
     """The target token set, counted over training text of the target variant."""
     phrases = tuple(phrases)
+    unmade = [phrase for phrase in phrases if not is_target(tokenizer.decode(tokenizer.encode(phrase)), (phrase,))]
+    if unmade:
+        raise InputError(
+            f"the tokenizer cannot make {len(unmade)} of the {len(phrases)} target phrases, the first {unmade[0]!r}; "
+            "take it out of target.phrases, or spell it with what the tokenizer knows"
+        )
     target, every = Counter(), Counter()
     for ids in texts_ids:
         for position, text in rule.steps(ids, tokenizer):

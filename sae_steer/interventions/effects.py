@@ -9,6 +9,7 @@ from sae_steer import stats
 from sae_steer.interventions.bench import FRESH
 from sae_steer.interventions.measure import OnsetRows, Reading
 from sae_steer.interventions.readings import EDIT, ArmReading
+from sae_steer.interventions.verdict import LEVEL
 from sae_steer.settings import InterveneSettings
 
 LEAST_MASS = 0.001
@@ -120,8 +121,8 @@ def control_records(
     Args:
         observed: the edit's own mean effect over the same rows.
         families: mean effects of control directions by (family, dose).
-        planned: sizes of families that were read until the rank was decided; the p of one cut short is that of a
-            sequential test (Besag and Clifford 1991), above the level as the whole family's would be.
+        planned: sizes of families that were read until the rank was decided: the p of the one that decided it is above
+            the level, as the whole family's would be; those of others cut short with it say nothing by themselves.
     """
     primary, found = settings.primary_dose, []
     for (name, dose), means in families.items():
@@ -158,6 +159,19 @@ def is_ranked(count: int, settings: InterveneSettings) -> bool:
 def least_rank(observed: float, means: Float[np.ndarray, " direction"], planned: int) -> float:
     """The rank p if none of the members not yet read went as far as the edit."""
     return stats.rank_p(observed, np.append(means, np.zeros(planned - len(means))))
+
+
+def is_outranked(
+    observed: float,
+    families: Mapping[str, Float[np.ndarray, " _direction"]],
+    planned: Mapping[str, int],
+    settings: InterveneSettings,
+) -> bool:
+    """Whether a family that counts forbids a special effect, whatever its members that are not read yet do."""
+    return any(
+        is_ranked(planned[name], settings) and least_rank(observed, means, planned[name]) > LEVEL
+        for name, means in families.items()
+    )
 
 
 def worst_rank(records: Sequence[Mapping]) -> float | None:

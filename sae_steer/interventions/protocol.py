@@ -9,9 +9,9 @@
 `study.py` is one caller: it reads a pair and a cache, writes a plan first, and adds sampled plans.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from jaxtyping import Float
@@ -27,7 +27,6 @@ from sae_steer.interventions.readings import (
     PATCH,
     ArmReading,
     ControlRows,
-    Enough,
     Onsets,
     families_of,
     joint_controls,
@@ -215,12 +214,16 @@ class Weighing:
         name, arm, settings = found.arm.variant.name, found.arm, self.settings
         rank = effects.worst_rank(single)
         decided = min(self.corrected[name, "single"]) <= LEVEL and rank is not None and rank <= LEVEL
-        if min(self.corrected[name, "joint"]) <= LEVEL and not decided:
-            reading, places = read_joint_controls(arm, self.onsets, self.measure, settings, self._is_enough(arm))
-            edit, planned = 1, arm.families
+        turns_on_joint = min(self.corrected[name, "joint"]) <= LEVEL and not decided
+        families = arm.families if turns_on_joint else arm.ribbon(settings)
+        planned = {name: len(drawn) for name, drawn in families.items()}
+        if turns_on_joint:
+            is_enough = partial(effects.is_outranked, planned=planned, settings=settings)
+            reading, places = read_joint_controls(arm, self.onsets, self.measure, settings, is_enough)
+            edit = 1
         else:
-            reading, planned = found.readings[JOINT_DOSES], arm.ribbon(settings)
-            places = families_of(planned, after=1 + len(found.columns[JOINT_DOSES]))
+            reading = found.readings[JOINT_DOSES]
+            places = families_of(families, after=1 + len(found.columns[JOINT_DOSES]))
             edit = found.column(JOINT_DOSES, EDIT, settings.primary_dose)
         means = (reading.value - reading.value[:, :1]).mean(axis=0)
         self.joint_controls[name] = joint_controls(found, reading, places, self.onsets, settings)
@@ -229,22 +232,8 @@ class Weighing:
             "n": len(self.onsets.joint_doses),
             "tasks": self.onsets.joint_doses.tasks,
             "edit_mean": float(means[edit]),
-            "families": effects.control_records(
-                float(means[edit]), by_family, settings, {name: len(drawn) for name, drawn in planned.items()}
-            ),
+            "families": effects.control_records(float(means[edit]), by_family, settings, planned),
         }
-
-    def _is_enough(self, arm: Arm) -> Enough:
-        """Whether a family that counts has outranked the edit beyond repair: no more of any could make it special."""
-
-        def asked(edit: float, means: Mapping[str, np.ndarray]) -> bool:
-            sizes = {name: len(drawn) for name, drawn in arm.families.items()}
-            return any(
-                effects.is_ranked(sizes[name], self.settings) and effects.least_rank(edit, drawn, sizes[name]) > LEVEL
-                for name, drawn in means.items()
-            )
-
-        return asked
 
     def gap_gate(self) -> Gate:
         """Gate 8."""

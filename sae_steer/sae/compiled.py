@@ -5,12 +5,9 @@ least k entries reach; the few entries above it are then cut to k. In bfloat16 a
 integers, 32 at a time. `step_features` sums a feature's gradients and updates it before it leaves the cache, so
 no gradient of a matrix is ever stored.
 
-Loops run over a range of rows or features without the interpreter's lock, one range a thread; each row and
+Loops run over ranges of rows or features without the interpreter's lock, each range in one thread; each row and
 feature has one owner, so results do not depend on the number of threads.
 """
-
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 import torch
@@ -24,26 +21,16 @@ from sae_steer.sae.kernels import Part, Reconstruction, RowCodes, preactivations
 from sae_steer.sae.kernels import select_topk as torch_select_topk
 
 AT_ONCE = 256
-"""Rows whose pre-activations a thread makes and reads before they leave the cache."""
+"""Rows whose pre-activations a thread makes and reads: at 4,096 features they stay in its cache meanwhile."""
 BLOCK = 64
 """Features whose parts of the gradient of b_dec are summed together."""
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="sae_steer")
-
-
 def _each(loop, count: int, *arguments) -> None:
     """Run loop(start, stop, *arguments) over all of `count`, a range a thread of torch's."""
-    threads = min(torch.get_num_threads(), count)
-    if threads <= 1:
-        loop(0, count, *arguments)
-        return
+    threads = max(min(torch.get_num_threads(), count), 1)
     cuts = [count * part // threads for part in range(threads + 1)]
-    waiting = [_pool(threads).submit(loop, *cuts[part : part + 2], *arguments) for part in range(threads)]
-    for future in waiting:
-        future.result()
+    in_threads(lambda part: loop(*cuts[part : part + 2], *arguments), range(threads), torch.device("cpu"))
 
 
 def _empty_codes(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,6 +50,7 @@ def select_topk(
         return torch_select_topk(x, W, bias, k)
     indices, values, counts = _empty_codes(len(x), k)
 
+    @torch.no_grad()  # holds for one thread
     def choose(start: int) -> None:
         here = slice(start, start + AT_ONCE)
         pre = preactivations(x[here], W, bias)

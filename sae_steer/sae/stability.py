@@ -133,7 +133,9 @@ def find_or_compare(folders: Sequence[SeedFolder], saes: Sequence[SparseDictiona
     origins = [_origin(own, [other for other in folders if other is not own]) for own in folders]
     if all(_is_there(own.path, origin) for own, origin in zip(folders, origins, strict=True)):
         return
-    compared, chance = seed_stability(saes), chance_cosines(*saes[:2])
+    compared = seed_stability(saes)
+    by_seed = [sae for _, sae in sorted(zip(folders, saes, strict=True), key=lambda named: named[0].seed)]
+    chance = chance_cosines(*by_seed[:2])
     for own, origin, stability in zip(folders, origins, compared, strict=True):
         _save(own, [other for other in folders if other is not own], origin, stability, chance)
 

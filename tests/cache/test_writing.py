@@ -24,20 +24,26 @@ def test_written_twice_the_files_are_the_same(tiny, whole, tmp_path):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_bytes_do_not_depend_on_how_many_threads_share_the_batches(tiny, tmp_path, precision, monkeypatch):
     settings = replace(SETTINGS, precision=precision, tokens_per_batch=300)
-    seen = []
-    right = writing.pad
-    monkeypatch.setattr(writing, "pad", lambda *a: seen.append(threading.current_thread().name) or right(*a))
-    threads, made = torch.get_num_threads(), {}
+    right, threads = writing.pad, torch.get_num_threads()
+
+    def cached(count: int) -> dict[str, bytes]:
+        meet, seen = threading.Barrier(count), set()
+
+        def pad(*arguments):
+            if (name := threading.current_thread().name) not in seen:
+                seen.add(name)
+                meet.wait(30)  # as many threads as wanted run at once, or this breaks
+            return right(*arguments)
+
+        monkeypatch.setattr(writing, "pad", pad)
+        torch.set_num_threads(count)
+        write(tiny, tmp_path / str(count), settings=settings)
+        return contents(tmp_path / str(count))
+
     try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            write(tiny, tmp_path / str(count), settings=settings)
-            made[count] = contents(tmp_path / str(count)), len(set(seen))
-            seen.clear()
+        assert cached(1) == cached(2)
     finally:
         torch.set_num_threads(threads)
-    assert made[1][0] == made[2][0]
-    assert (made[1][1], made[2][1]) == (1, 2)
 
 
 def test_a_finished_cache_is_reused(tiny, mine):

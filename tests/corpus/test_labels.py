@@ -106,6 +106,12 @@ def test_texts_without_a_target_step_are_told(small):
         first_token_purity([small.encode(PLAN)], tokenizer=small, phrases=["Dance"])
 
 
+def test_a_phrase_that_the_tokenizer_cannot_make_is_named(small, monkeypatch):
+    monkeypatch.setattr(type(small), "decode", lambda self, ids: "Sip <unk>")  # as a word tokenizer would
+    with pytest.raises(InputError, match=r"cannot make 1 of the 2 target phrases, the first 'Sip water'"):
+        first_token_purity([], tokenizer=small, phrases=["Sip <unk>", "Sip water"])
+
+
 def test_phrases_that_begin_like_ordinary_steps_give_no_target_token_and_are_told(large):
     text = "<|task|>T<|steps|>Take a deep breath<|sep|>Take the bin out<|sep|><|end|>"
     with pytest.raises(InputError, match=r"no first token of a target phrase begins one at 90% of its onsets"):

@@ -502,6 +502,26 @@ def test_the_least_rank_is_that_of_a_family_whose_others_do_nothing(read):
     assert effects.least_rank(0.5, means[:read], 199) == stats.rank_p(0.5, others) <= stats.rank_p(0.5, means)
 
 
+def test_only_a_family_that_is_ranked_can_end_the_reading():
+    settings = dataclasses.replace(INTERVENE, controls=199)
+    near, far = np.full(50, 0.1), np.full(50, 0.9)
+    whole, few = {"isotropic": 199, "matched features": 199}, {"isotropic": 199, "matched features": 60}
+    assert effects.is_outranked(0.5, {"isotropic": near, "matched features": far}, whole, settings)
+    assert not effects.is_outranked(0.5, {"isotropic": near, "matched features": far}, few, settings)
+    assert not effects.is_outranked(0.5, {"isotropic": near, "matched features": near}, whole, settings)
+    assert not effects.is_outranked(0.5, {"isotropic": far[:8], "matched features": near}, whole, settings)
+
+
+def test_positive_controls_that_move_nothing_fail_gate_6b(toy_pair, toy_cache, toy_dictionary, monkeypatch):
+    from sae_steer.interventions.bench import Bench
+
+    idle = torch.eye(toy_pair.target.decoder.shape.d_model)[CAUSE + 3]
+    monkeypatch.setattr(Bench, "_positives", lambda *a: {"mean difference": idle})
+    study, failed = broken(toy_pair, toy_cache, toy_dictionary, "6b")
+    assert failed == ["inject", "subtract", "zero_ablate", "upstream"]
+    assert study.verdict == "CAUSAL", "the edit itself shows that something of this size moves the models"
+
+
 def test_the_four_variants_edit_where_the_protocol_says():
     assert [(v.name, v.edits_target, v.layers_below, v.predicted_sign) for v in four_variants(2)] == [
         ("inject", False, 0, +1),

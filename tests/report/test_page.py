@@ -62,6 +62,7 @@ def test_every_number_shown_comes_from_a_record(run):
         (("variants", 2, "joint", "doses", 3, "share"), 0.00747, "+0.747 % ["),
         (("variants", 0, "controls", 1, "rank_p"), 0.613, "rank p 0.613"),
         (("variants", 0, "joint_controls", "families", 0, "rank_p"), 0.427, "rank p 0.427"),
+        (("variants", 0, "joint_controls", "families", 0, "count"), 75, "of 75, where reading the other 124 could"),
         (("variants", 1, "why"), "the interval straddles the bound", "the interval straddles the bound"),
         (("variants", 1, "gates", 0, "detail"), "equal bits", "equal bits"),
         (("plan", "changes"), [{"key": "settings.doses", "was": "1", "now": "2"}], "from 1 to 2"),
