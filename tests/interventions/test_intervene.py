@@ -518,8 +518,9 @@ def test_positive_controls_that_move_nothing_fail_gate_6b(toy_pair, toy_cache, t
     idle = torch.eye(toy_pair.target.decoder.shape.d_model)[CAUSE + 3]
     monkeypatch.setattr(Bench, "_positives", lambda *a: {"mean difference": idle})
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "6b")
-    assert failed == ["inject", "subtract", "zero_ablate", "upstream"]
-    assert study.verdict == "CAUSAL", "the edit itself shows that something of this size moves the models"
+    assert failed == ["inject", "upstream"], "less of the stream leaves the final norm more of the cause: subtract"
+    verdicts = {variant["variant"]: variant["verdict"] for variant in study.record["variants"]}
+    assert verdicts["inject"] == "CAUSAL", "the edit itself shows that something of this size moves the model"
 
 
 def test_the_four_variants_edit_where_the_protocol_says():
