@@ -22,7 +22,9 @@ from sae_steer.settings import SAESettings
 @click.option(
     "--arch", default=SAESettings.architecture, help="topk, batchtopk, matryoshka, jumprelu, or saelens:NAME."
 )
-@click.option("--k", "ks", multiple=True, default=[SAESettings.k], type=COUNT, help="Active features a row.")
+@click.option(
+    "--k", "ks", multiple=True, default=[SAESettings.k], type=COUNT, help="Active features a row; may repeat."
+)
 @click.option("--d-sae", "widths", multiple=True, default=[SAESettings.d_sae], type=COUNT, help="Features; may repeat.")
 @click.option(
     "--seed", "seeds", multiple=True, default=[0], type=click.IntRange(min=0), help="Fixes the start; may repeat."
