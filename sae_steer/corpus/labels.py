@@ -136,7 +136,7 @@ def first_token_purity(
 ) -> TargetTokens:
     """The target token set, counted over training text of the target variant."""
     phrases = tuple(phrases)
-    unmade = [phrase for phrase in phrases if not is_target(tokenizer.decode(tokenizer.encode(phrase)), (phrase,))]
+    unmade = [phrase for phrase in phrases if not is_target(tokenizer.decode(tokenizer.encode_text(phrase)), (phrase,))]
     if unmade:
         raise InputError(
             f"the tokenizer cannot make {len(unmade)} of the {len(phrases)} target phrases, the first {unmade[0]!r}; "
