@@ -449,6 +449,7 @@ class Bar(terminal.Bar):
             os.kill(os.getpid(), signal.SIGINT)
 
 terminal.Bar = Bar
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from sae_steer.cli import main
 main()
 """
