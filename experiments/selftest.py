@@ -1,9 +1,11 @@
 """How often the verdict is right, on planted pairs: runs `sae-steer selftest` and keeps its record and figure.
 
-    python experiments/selftest.py FOLDER [--summary]  # hours on one core; resumes after a kill
+    sae-steer selftest --out FOLDER                                     # 60 of each kind: two hours on one core
+    sae-steer selftest --out FOLDER --kind boundary --studies 100       # more at the bound, whose rate is small
+    python experiments/selftest.py FOLDER --summary --studies 100       # sums up what FOLDER holds
 
-Studies stay in FOLDER; what the README quotes goes to experiments/results/small/. With --summary it only sums
-up the studies that FOLDER holds.
+Without --summary it runs what is missing first. Studies stay in FOLDER and are resumed after a kill; what the README
+quotes goes to experiments/results/small/.
 """
 
 import subprocess
