@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sae_steer.cache import ActivationCache, site
 from sae_steer.errors import InputError
 from sae_steer.pair.model_pair import NamedModel
 from sae_steer.records import already_done, provenance, read_table, write_json, write_table
 from sae_steer.runtime import World, sha256, sweep
-from sae_steer.sae.architectures import SparseDictionary
+from sae_steer.sae.architectures import SparseDictionary, on_device
 from sae_steer.sae.evaluation import SAEMetrics, evaluate
 from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
 from sae_steer.sae.saelens import WEIGHTS_FILE, load_sae, read_metadata, save_sae
@@ -39,6 +40,10 @@ class Dictionary:
     sha256: str
     stability: SeedStability | None = None
     """Its features in dictionaries of other seeds, where it has been compared with some."""
+
+    def to(self, device: torch.device) -> "Dictionary":
+        """The same dictionary on `device`."""
+        return replace(self, sae=on_device(self.sae, device))
 
     @property
     def name(self) -> str:

@@ -30,7 +30,7 @@ from sae_steer.model.readout import TargetMass
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import Text
 from sae_steer.runtime import Progress, silent
-from sae_steer.sae.architectures import SparseDictionary
+from sae_steer.sae.architectures import SparseDictionary, on_device
 from sae_steer.settings import InterveneSettings
 
 SHARES = {"fit": 0.25, "tune": 0.25}
@@ -126,7 +126,7 @@ def intervene_in_memory(
     probability = isinstance(found, TargetMass)
     settings = settings or InterveneSettings(**({} if probability else {"bound_cap": UNCAPPED}))
     texts = _texts(tokens, positions, lengths, clusters, found.ids if probability else (), settings.seed)
-    sae = None if isinstance(subject, Tensor) else _dictionary(subject)
+    sae = None if isinstance(subject, Tensor) else on_device(_dictionary(subject), target.decoder.device)
     bench = Bench(
         reference=reference,
         target=target,

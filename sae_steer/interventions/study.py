@@ -152,6 +152,7 @@ def intervene(
     """
     settings = settings or InterveneSettings()
     check_inputs(pair, cache, dictionary, settings)
+    dictionary = dictionary.to(pair.target.decoder.device)
     if (feature is None) == (direction is None):
         raise InputError("name either a feature or a direction, not both")
     source = feature if direction is None else direction

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_steer.errors import InputError
+from sae_steer.model.language_model import LanguageModel
 from sae_steer.settings import DecoderSettings
 
 Heads = Float[Tensor, "batch head query d_head"]
@@ -132,7 +133,7 @@ def frequencies(shape: DecoderSettings) -> Float[Tensor, " half"]:
     return kept * plain + (1 - kept) * plain / scaling.factor
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, LanguageModel):
     """The whole model. `forward` gives logits; `embed`, `run` and `unembed` are its parts."""
 
     def __init__(self, shape: DecoderSettings):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sae_steer.errors import InputError
 from sae_steer.model.decoder import Decoder
+from sae_steer.model.language_model import LanguageModel
 from sae_steer.settings import RopeScaling
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ KeysAndValues = tuple[
 ]
 
 
-class LensModel(nn.Module):
+class LensModel(nn.Module, LanguageModel):
     """A `HookedTransformer` as a model of a pair: its own forward, weights as they are, nothing folded or centred."""
 
     def __init__(self, hooked: "HookedTransformer"):

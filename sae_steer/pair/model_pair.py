@@ -26,6 +26,8 @@ from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
 
+import torch
+
 from sae_steer.corpus import OnsetRule, PlanTokenizer
 from sae_steer.errors import InputError
 from sae_steer.model.language_model import LanguageModel, fingerprint
@@ -100,6 +102,12 @@ class ModelPair:
     def models(self) -> tuple[NamedModel, NamedModel]:
         """Reference, then target."""
         return self.reference, self.target
+
+    def to(self, device: torch.device | str) -> "ModelPair":
+        """Itself, both models moved to `device`."""
+        for model in self.models:
+            model.decoder.to(device)
+        return self
 
     @cached_property
     def sha256(self) -> str:

@@ -9,6 +9,7 @@ BatchTopK and Matryoshka BatchTopK (Bussmann et al. 2024, 2412.06410; 2025, 2503
 alone: a dictionary learned with either is read as a JumpReLU with one threshold for all features.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -82,6 +83,13 @@ class SparseDictionary(Protocol):
 
     def direction(self, feature: int) -> Float[Tensor, " d_in"]:
         """What one unit of the feature adds to a row; `InputError` for a feature it does not have."""
+
+
+def on_device(sae: SparseDictionary, device: torch.device) -> SparseDictionary:
+    """`sae` itself if it lies on `device`, or a copy of it there."""
+    if next(iter(sae.state_dict().values())).device == device:
+        return sae
+    return deepcopy(sae).to(device)
 
 
 class LinearSAE(nn.Module):
