@@ -2,7 +2,8 @@
 
 A step, for rows x of mean zero and mean square d_in:
 1. Choose the codes: TopK, the k largest of each row; BatchTopK and Matryoshka, the rows x k largest of the batch;
-   JumpReLU, those above their feature's threshold.
+   JumpReLU, those above their feature's threshold. On a CPU that is fast at int8, TopK's are looked for among the
+   largest of an int8 product and decided in float32 (`compiled.screened_topk`).
 2. Reconstruct, for Matryoshka by each prefix of the features, and take the slope of the loss along each code.
 3. Let the `aux_k` strongest of the dead features reconstruct the error that is left (Gao et al. 2024, A.2). Which
    features are dead is looked up every `LOOK_EVERY` steps, so that no other step waits for the device.
@@ -14,6 +15,7 @@ A step, for rows x of mean zero and mean square d_in:
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +28,11 @@ from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, 
 from sae_steer.sae.kernels import FeatureGradients, Part, RowCodes
 from sae_steer.settings import SAESettings
 
+if TYPE_CHECKING:
+    from sae_steer.sae.compiled import Coarse
+
+MOST_UNSURE = 0.1
+"""Share of the rows that int8 may leave to float32 before a bfloat16 product is the faster way; ten batches' grace."""
 LOOK_EVERY = 10
 """Steps between two looks at which features are dead, on a device that a look would wait for."""
 
@@ -48,22 +55,31 @@ class Learner:
     """JumpReLU's; with BatchTopK the running mean of each batch's least code, the same for all; with TopK unused."""
     silent_rows: Int[Tensor, " d_sae"]
     """Rows read since each feature last fired."""
-    low: Tensor
-    """W_enc in bfloat16, or empty."""
+    precision: torch.dtype
+    """Type of the encoder's product."""
+    screens: bool
+    """Whether TopK finds its candidates by an int8 product first; given up where int8 decides too few rows."""
+    unsure: Int[Tensor, ""]
+    """Rows that int8 left to float32 so far; -1 once it was given up."""
     first: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, Tensor] = field(default_factory=dict)
+    low: Tensor = field(init=False)
+    """W_enc at the precision of the encoder's product; empty where that is float32."""
+    coarse: "Coarse | None" = field(init=False)
+    """W_enc in int8 while `screens`."""
     updates: int = 0
     dead: Int[Tensor, " dead"] | None = None
     """The features that took part in the auxiliary loss at the last look; empty for none, None before the first."""
 
     def __post_init__(self) -> None:
+        self.refresh()
         for name in _WEIGHTS:
             self.first.setdefault(name, torch.zeros_like(getattr(self, name)))
             self.second.setdefault(name, torch.zeros_like(getattr(self, name)))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a checkpoint must hold, by name; what is copied back into them continues the run."""
-        kept = {name: getattr(self, name) for name in (*_WEIGHTS, "silent_rows")}
+        kept = {name: getattr(self, name) for name in (*_WEIGHTS, "silent_rows", "unsure")}
         for moment in ("first", "second"):
             kept |= {f"{moment}.{name}": value for name, value in getattr(self, moment).items()}
         return kept
@@ -78,8 +94,16 @@ class Learner:
 
     def refresh(self) -> None:
         """Renew what is derived from the weights, after they were copied in."""
-        if len(self.low):
-            self.low.copy_(self.W_enc)
+        self.screens = self.screens and int(self.unsure) >= 0
+        self.coarse = _compiled().Coarse.of(self.W_enc) if self.screens else None
+        self.low = (self.W_enc if self.precision != torch.float32 else self.W_enc[:0]).to(self.precision)
+
+    def count_unsure(self, rows: int, unsure: int) -> None:
+        """Note that int8 could not decide `unsure` of `rows`; it is given up beyond a share of `MOST_UNSURE`."""
+        self.unsure += unsure
+        if self.unsure > MOST_UNSURE * rows * (self.updates + 10):
+            self.unsure.fill_(-1)
+            self.refresh()
 
     def exported(self, mean: Float[Tensor, " d_in"], scale: float) -> LinearSAE:
         """The dictionary for raw rows, mean and scale folded into its weights."""
@@ -110,7 +134,7 @@ def new_learner(first: Float[Tensor, "row d_in"], settings: SAESettings, world: 
     guess = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()) @ W_dec
     W_enc = W_dec * ((sample * guess).sum() / guess.square().sum())
     floor = (top.values[:, -1] * (sample * guess).sum() / guess.square().sum()).mean().clamp_min(0)
-    device = world.device
+    device, alone = world.device, world.size == 1 and world.device.type == "cpu"
     return Learner(
         settings=settings,
         W_enc=W_enc.to(device),
@@ -119,26 +143,23 @@ def new_learner(first: Float[Tensor, "row d_in"], settings: SAESettings, world: 
         b_dec=torch.zeros(d_in, device=device),
         threshold=torch.full((d_sae,), float(floor), device=device),
         silent_rows=torch.zeros(d_sae, dtype=torch.long, device=device),
-        low=W_enc.to(device, world.autocast) if world.autocast else torch.empty(0, d_in, dtype=torch.bfloat16),
+        precision=world.autocast or torch.float32,
+        screens=bool(world.autocast) and alone and settings.architecture == "topk" and _compiled().can_screen(),
+        unsure=torch.zeros((), dtype=torch.long),
     )
 
 
 @torch.no_grad()
-def step(
-    learner: Learner, x: Float[Tensor, "row d_in"], low_x: Tensor, k: int, lr: float, world: World
-) -> Float[Tensor, ""]:
+def step(learner: Learner, x: Float[Tensor, "row d_in"], k: int, lr: float, world: World) -> Float[Tensor, ""]:
     """One step in place; returns the share of the variance left unexplained by all features, of this batch.
 
     Args:
         x: standardised rows, this process's share of the batch.
-        low_x: the same at the precision of the encoder's product.
         k: codes a row at this step.
     """
     engine = _engine(x, world)
     rows, d_in = len(x) * world.size, x.shape[1]
-    W = learner.low if len(learner.low) else learner.W_enc
-    bias = (learner.b_enc - learner.W_enc @ learner.b_dec).to(W.dtype)
-    codes, near = _choose(learner, low_x, W, bias, k, engine, world)
+    codes, near = _choose(learner, x, k, engine, world)
     prefixes = learner.prefixes
     scale = 2 / (rows * d_in * len(prefixes))
     fit = engine.reconstruct(x, learner.W_dec, learner.b_dec, codes, prefixes, scale)
@@ -148,7 +169,7 @@ def step(
         dead_for = learner.silent_rows > learner.settings.dead_after_rows
         learner.dead = dead_for.nonzero()[:, 0] if learner.settings.aux_coefficient else dead_for[:0].long()
     if len(learner.dead):
-        parts.append(_revival(learner, -fit.errors[-1] / scale, low_x, W, bias, engine, world))
+        parts.append(_revival(learner, x, -fit.errors[-1] / scale, engine, world))
     _update(learner, x, parts, threshold, lr, engine, world)
     return world.mean(fit.squared_errors[-1] / (len(x) * d_in))
 
@@ -156,15 +177,26 @@ def step(
 def _engine(x: Tensor, world: World):
     """The compiled kernels where they serve, else torch's."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and world.size == 1:
-        from sae_steer.sae import compiled
-
-        return compiled
+        return _compiled()
     return kernels
 
 
-def _choose(learner: Learner, x: Tensor, W: Tensor, bias: Tensor, k: int, engine, world: World):
+def _compiled():
+    """The kernels for CPUs; numba takes a second to load, so they are loaded where they are used."""
+    from sae_steer.sae import compiled
+
+    return compiled
+
+
+def _choose(learner: Learner, x: Tensor, k: int, engine, world: World):
     """The codes of the step, and JumpReLU's codes near their thresholds."""
     architecture = learner.settings.architecture
+    if learner.screens:
+        codes, unsure = engine.screened_topk(x, learner.low, learner.coarse, learner.b_enc, learner.b_dec, k)
+        learner.count_unsure(len(x), unsure)
+        return codes, None
+    W = learner.low if len(learner.low) else learner.W_enc
+    x, bias = x.to(W.dtype), (learner.b_enc - learner.W_enc @ learner.b_dec).to(W.dtype)
     if architecture == "topk":
         return engine.select_topk(x, W, bias, k), None
     if architecture == "jumprelu":
@@ -197,10 +229,12 @@ def _threshold_gradient(learner: Learner, codes: RowCodes, near: RowCodes, error
     return torch.zeros_like(learner.threshold).index_add_(0, indices.flatten(), change.flatten())
 
 
-def _revival(learner: Learner, error: Tensor, x: Tensor, W: Tensor, bias: Tensor, engine, world: World) -> Part:
+def _revival(learner: Learner, x: Tensor, error: Tensor, engine, world: World) -> Part:
     """The dead features' reconstruction of the error x - x_hat, held fixed; lost is a share of the error's variance."""
     dead, settings = learner.dead, learner.settings
-    codes = engine.select_topk(x, W[dead], bias[dead], min(settings.aux_k, len(dead)))
+    bias = learner.b_enc[dead] - learner.W_enc[dead] @ learner.b_dec
+    x, W, bias = (part.to(learner.precision) for part in (x, learner.W_enc[dead], bias))
+    codes = engine.select_topk(x, W, bias, min(settings.aux_k, len(dead)))
     rows = len(error) * world.size
     mean = world.sum_(error.sum(0)) / rows
     variance = world.sum_((error - mean).square().sum())
@@ -223,7 +257,9 @@ def _update(learner: Learner, x: Tensor, parts: list[Part], threshold: Tensor | 
     else:
         moments = tuple(kept[name] for name in ("W_enc", "W_dec") for kept in (learner.first, learner.second))
         weights = (learner.W_enc, learner.W_dec, learner.low)
-        b_enc, fired, through = engine.step_features(x, learner.b_dec, parts, learner.prefixes, weights, moments, rates)
+        b_enc, fired, through = engine.step_features(
+            x, learner.b_dec, parts, learner.prefixes, weights, learner.coarse, moments, rates
+        )
     _adam(learner, "b_enc", b_enc, rates)
     _adam(learner, "b_dec", b_dec - through, rates)
     if threshold is not None:

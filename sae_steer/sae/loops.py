@@ -25,50 +25,144 @@ def _shared(**options):
 
 @_shared()
 def _bound(ordered, count, k):
-    """The largest v >= 1 that at least k of the first `count` entries reach, or 1; one bit of v a round."""
-    low = np.int16(0)
-    for bit in range(14, -1, -1):
-        tried = np.int16(low | (1 << bit))
+    """The largest v >= 1 that at least k of the first `count` integers reach, or 1; one bit of v a round."""
+    low = ordered.dtype.type(0)
+    for bit in range(8 * ordered.itemsize - 2, -1, -1):
+        tried = ordered.dtype.type(low | (1 << bit))
         above = np.int32(0)
         for j in range(count):
             above += np.int32(ordered[j] >= tried)
         if above >= k:
             low = tried
-    return max(low, np.int16(1))
+    return max(low, ordered.dtype.type(1))
 
 
 @_compiled()
 def select_topk(start, stop, pre, k, indices, values, counts):
-    """The k largest entries above zero of bfloat16 rows given as int16 bits; the lowest index among equals.
+    """The k largest entries above zero of bfloat16 rows given as int16 bits; the lowest index among equals."""
+    d_sae = pre.shape[1]
+    maxima, hits, kept, where = _space_to_choose(d_sae, k)
+    for n in range(start, stop):
+        row = pre[n]
+        _lane_maxima(row, maxima)
+        found = _at_least(row, maxima, _bound(maxima, len(maxima), k), hits, kept, where)
+        counts[n] = _cut_to_k(kept, where, found, k, d_sae, indices[n])
+        for i in range(counts[n]):
+            values[n, i] = _widened(row[indices[n, i]])
+
+
+@_compiled(fastmath=_REORDERED)
+def screened_topk(
+    start, stop, x, W, b_enc, products, x_scales, W_scales, k, spread, most, indices, values, counts
+):  # fmt: skip
+    """The k largest pre-activations above zero of bfloat16 weights, found by those in int8, off by some error.
+
+    The k largest in int8 are computed; how far the two differ tells the error (root mean square), and the least of
+    them how low an entry can be in int8 and yet, `spread` times that error off, be among the k largest. All as high
+    as that are computed as well. Where they are more than `most`, or reach zero, the row's count is -1.
+    """
+    d_sae = products.shape[1]
+    maxima, hits, kept, where = _space_to_choose(d_sae, k)
+    bits, dots = np.empty(d_sae, np.int16), np.empty(most, np.float32)
+    for n in range(start, stop):
+        for j in range(d_sae):
+            near = np.float32(products[n, j]) * (x_scales[n] * W_scales[j]) + b_enc[j]
+            bits[j] = np.int16(np.float32(near).view(np.int32) >> 16)
+        _lane_maxima(bits, maxima)
+        found = _at_least(bits, maxima, _bound(maxima, len(maxima), k), hits, kept, where)
+        found = _cut_to_k(kept, where, found, k, d_sae, indices[n])
+        _dots(x[n], W, indices[n], found, values[n])
+        squares = np.float32(0)
+        for i in range(found):
+            j = indices[n, i]
+            values[n, i] += b_enc[j]
+            near = np.float32(products[n, j]) * (x_scales[n] * W_scales[j]) + b_enc[j]
+            squares += (values[n, i] - near) ** 2
+            bits[j] = -1  # not to be found again
+        last = _least(values[n], found)
+        floor = values[n, last] - spread * np.sqrt(squares / np.float32(k))
+        fresh, counts[n] = most + 1, -1
+        if found == k and floor > 0:
+            fresh = _at_least(bits, maxima, np.int16(np.float32(floor).view(np.int32) >> 16), hits, kept, where)
+        if fresh <= most:
+            counts[n] = k
+            _dots(x[n], W, where, fresh, dots)
+            for i in range(fresh):
+                value = dots[i] + b_enc[where[i]]
+                if value > values[n, last]:
+                    indices[n, last], values[n, last] = where[i], value
+                    last = _least(values[n], k)
+
+
+@_shared()
+def _least(values, count):
+    """Where the least of the first `count` numbers stands; the first of them among equals."""
+    least = np.float32(np.inf)
+    for i in range(count):
+        least = min(least, values[i])
+    for i in range(count):
+        if values[i] == least:
+            return i
+    return 0
+
+
+@_shared(fastmath=_REORDERED)
+def _dots(row, table, indices, used, dots):
+    """The products of a row with rows of a bfloat16 table, given as int16 bits, four at a time."""
+    for first in range(0, used, 4):
+        last = used - 1
+        ra, rb = table[indices[first]], table[indices[min(first + 1, last)]]
+        rc, rd = table[indices[min(first + 2, last)]], table[indices[min(first + 3, last)]]
+        a = b = c = d = np.float32(0)
+        for i in range(len(row)):
+            a += row[i] * _widened(ra[i])
+            b += row[i] * _widened(rb[i])
+            c += row[i] * _widened(rc[i])
+            d += row[i] * _widened(rd[i])
+        dots[first], dots[min(first + 1, last)] = a, b
+        dots[min(first + 2, last)], dots[min(first + 3, last)] = c, d
+
+
+@_shared()
+def _widened(bits):
+    """The bfloat16 number of these bits in float32."""
+    return np.uint32(np.uint32(np.uint16(bits)) << np.uint32(16)).view(np.float32)
+
+
+@_shared()
+def _space_to_choose(d_sae, k):
+    """Where the largest of every lane of a row go, and what is found on the way to its k largest entries."""
+    lanes = min(d_sae, max(512, 8 * k))
+    return np.empty(lanes, np.int16), np.empty(lanes, np.int32), np.empty(d_sae, np.int16), np.empty(d_sae, np.int32)
+
+
+@_shared()
+def _lane_maxima(row, maxima):
+    """The largest of the entries j, j + lanes, j + 2 lanes, ... for every j below lanes.
 
     Positive bfloat16 numbers order as their bits do, and negative ones are below zero as integers too.
     """
-    d_sae = pre.shape[1]
-    lanes = min(d_sae, max(512, 8 * k))
-    maxima = np.empty(lanes, np.int16)
-    hits = np.empty(lanes, np.int32)
-    kept, where = np.empty(d_sae, np.int16), np.empty(d_sae, np.int32)
-    for n in range(start, stop):
-        row = pre[n]
-        for j in range(lanes):
-            maxima[j] = row[j]
-        for first in range(lanes, d_sae, lanes):
-            part = row[first : first + lanes]
-            for j in range(len(part)):  # `max` would widen to 64 bits: thirty times slower
-                maxima[j] = part[j] if part[j] > maxima[j] else maxima[j]
-        bound = _bound(maxima, lanes, k)
-        hit, found = 0, 0  # what is below the bound is overwritten by the next: no branch to guess
-        for j in range(lanes):
-            hits[hit] = j
-            hit += np.int32(maxima[j] >= bound)
-        for at in range(hit):
-            for i in range(hits[at], d_sae, lanes):
-                kept[found], where[found] = row[i], i
-                found += np.int32(row[i] >= bound)
-        counts[n] = _cut_to_k(kept, where, found, k, d_sae, indices[n])
-        for i in range(counts[n]):
-            bits = np.uint32(np.uint16(row[indices[n, i]])) << np.uint32(16)
-            values[n, i] = np.uint32(bits).view(np.float32)
+    lanes = len(maxima)
+    for j in range(lanes):
+        maxima[j] = row[j]
+    for first in range(lanes, len(row), lanes):
+        part = row[first : first + lanes]
+        for j in range(len(part)):  # `max` would widen to 64 bits: thirty times slower
+            maxima[j] = part[j] if part[j] > maxima[j] else maxima[j]
+
+
+@_shared()
+def _at_least(row, maxima, bound, hits, kept, where):
+    """Write the entries that reach the bound, and their places; returns how many there are."""
+    lanes, hit, found = len(maxima), 0, 0  # what is below the bound is overwritten by the next: no branch to guess
+    for j in range(lanes):
+        hits[hit] = j
+        hit += np.int32(maxima[j] >= bound)
+    for at in range(hit):
+        for i in range(hits[at], len(row), lanes):
+            kept[found], where[found] = row[i], i
+            found += np.int32(row[i] >= bound)
+    return found
 
 
 @_shared()
@@ -206,17 +300,19 @@ def sort_by_feature(indices, counts, starts, order):
 def _sum_rows(g_enc, g_dec, slots, x, errors, value, slope, width):
     """Add a feature's codes to its two gradients; returns the sum of its slopes and how often it fires."""
     total, fires, at = np.float32(0), np.int32(0), 0
-    while at + 2 <= len(slots):  # two rows a pass: half the loads and stores of the sums
-        a, b = slots[at], slots[at + 1]
-        ea, eb, xa, xb = errors[a // width], errors[b // width], x[a // width], x[b // width]
-        va, vb, sa, sb = value[a], value[b], slope[a], slope[b]
+    while at + 4 <= len(slots):  # four rows a pass: a quarter of the loads and stores of the sums
+        a, b, c, d = slots[at], slots[at + 1], slots[at + 2], slots[at + 3]
+        ea, eb, ec, ed = errors[a // width], errors[b // width], errors[c // width], errors[d // width]
+        xa, xb, xc, xd = x[a // width], x[b // width], x[c // width], x[d // width]
+        va, vb, vc, vd = value[a], value[b], value[c], value[d]
+        sa, sb, sc, sd = slope[a], slope[b], slope[c], slope[d]
         for i in range(len(g_enc)):
-            g_dec[i] += va * ea[i] + vb * eb[i]
-            g_enc[i] += sa * xa[i] + sb * xb[i]
-        total += sa + sb
-        fires += np.int32(va > 0) + np.int32(vb > 0)
-        at += 2
-    if at < len(slots):
+            g_dec[i] += va * ea[i] + vb * eb[i] + vc * ec[i] + vd * ed[i]
+            g_enc[i] += sa * xa[i] + sb * xb[i] + sc * xc[i] + sd * xd[i]
+        total += sa + sb + sc + sd
+        fires += np.int32(va > 0) + np.int32(vb > 0) + np.int32(vc > 0) + np.int32(vd > 0)
+        at += 4
+    while at < len(slots):
         a = slots[at]
         ea, xa, va, sa = errors[a // width], x[a // width], value[a], slope[a]
         for i in range(len(g_enc)):
@@ -224,6 +320,7 @@ def _sum_rows(g_enc, g_dec, slots, x, errors, value, slope, width):
             g_enc[i] += sa * xa[i]
         total += sa
         fires += np.int32(va > 0)
+        at += 1
     return total, fires
 
 
@@ -240,7 +337,7 @@ def step_features(
     start, stop, block, x, b_dec, prefixes,
     starts, order, values, slopes, errors, width,
     dead_starts, dead_order, dead_values, dead_slopes, dead_errors, dead_width,
-    W_enc, W_dec, low, enc_first, enc_second, dec_first, dec_second,
+    W_enc, W_dec, low, coarse, scales, enc_first, enc_second, dec_first, dec_second,
     lr, eps, correction, b_enc, fired, through,
 ):  # fmt: skip
     """Gradients and Adam of the features of blocks start to stop; each decoder row back to norm one."""
@@ -276,6 +373,8 @@ def step_features(
             decoder[i] *= square
         if len(low):
             _round_to_bfloat16(encoder, low[j])
+        if len(coarse):
+            scales[j] = _round_to_int8(encoder, coarse[j])
 
 
 @_shared()
@@ -285,3 +384,25 @@ def _round_to_bfloat16(row, bits):
         whole = np.float32(row[i]).view(np.uint32)
         whole += np.uint32(0x7FFF) + ((whole >> np.uint32(16)) & np.uint32(1))
         bits[i] = np.int16(whole >> np.uint32(16))
+
+
+@_compiled()
+def round_to_int8(start, stop, rows, origin, centred, rounded, scales):
+    """Every row minus the origin, and that as int8 times a scale of its own."""
+    for n in range(start, stop):
+        for i in range(len(origin)):
+            centred[n, i] = rows[n, i] - origin[i]
+        scales[n] = _round_to_int8(centred[n], rounded[n])
+
+
+@_shared()
+def _round_to_int8(row, rounded):
+    largest = np.float32(0)
+    for i in range(len(row)):
+        size = abs(row[i])
+        largest = size if size > largest else largest
+    scale = largest / np.float32(127)
+    inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+    for i in range(len(row)):
+        rounded[i] = np.int8(np.rint(row[i] * inverse))
+    return scale

@@ -108,12 +108,11 @@ class Training:
         share = self.shared.batch_size // world.size
         mine = slice(world.rank * share, (world.rank + 1) * share)
         rows = [self._standard(source, batch[mine]) for source, batch in enumerate(batches)]
-        low = [x.to(world.autocast) if world.autocast else x for x in rows]
         progress, lost = state.plateau.progress(state.step), []
         for source, learner in zip(self._source_of, state.learners, strict=True):
             settings = learner.settings
             k, lr = codes_a_row(progress, settings), learning_rate(progress, settings)
-            lost.append(step(learner, rows[source], low[source], k, lr, world))
+            lost.append(step(learner, rows[source], k, lr, world))
         state.step += 1
         return lost
 

@@ -75,6 +75,21 @@ def test_selection_is_exact_where_values_tie_and_however_many_slabs(engine, rows
     assert torch.equal(dense_codes(pre, codes), pre.relu() * chosen)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 1000])
+@pytest.mark.parametrize(("d_sae", "k"), [(24, 5), (600, 40), (4096, 40)])
+def test_codes_screened_in_int8_are_those_of_float32(d_sae: int, k: int, rows: int) -> None:
+    x, W = (torch.randn(n, 64, generator=generator(n)) for n in (rows, d_sae))
+    b_enc, b_dec = torch.randn(d_sae, generator=generator(1)), torch.randn(64, generator=generator(2))
+    x[: rows // 10, 3] = 1000  # takes all of int8's range, and no feature reads it
+    W[:, 3] = 0
+    low, coarse = W.bfloat16(), compiled.Coarse.of(W)
+    codes, unsure = compiled.screened_topk(x, low, coarse, b_enc, b_dec, k)
+    pre, whole = torch.addmm(b_enc, x - b_dec, low.float().T), kernels.select_topk(x - b_dec, low.float(), b_enc, k)
+    torch.testing.assert_close(dense_codes(pre, codes), dense_codes(pre, whole), rtol=1e-5, atol=1e-4)
+    if d_sae == 4096:
+        assert unsure == rows // 10, "int8 decides all rows but those it was made hard for"
+
+
 @pytest.mark.parametrize("engine", [kernels, compiled])
 def test_codes_above_their_floors_are_all_of_them(engine) -> None:
     x, W, bias = (tensor.float() for tensor in (leaves()[0], leaves()[1], leaves()[2]))
@@ -110,7 +125,10 @@ def test_compiled_products_equal_torchs(prefixes: list[int]) -> None:
     found = kernels.feature_gradients(x, b_dec, results[0][1], prefixes, D_SAE)
     weights = (W_enc.clone(), W_dec.clone(), torch.empty(D_SAE, D_IN, dtype=torch.bfloat16))
     moments = tuple(torch.zeros(D_SAE, D_IN) for _ in range(4))
-    b, fired, through = compiled.step_features(x, b_dec, results[1][1], prefixes, weights, moments, (0.01, 1e-9, 1.0))
+    coarse = compiled.Coarse.of(W_enc)
+    b, fired, through = compiled.step_features(
+        x, b_dec, results[1][1], prefixes, weights, coarse, moments, (0.01, 1e-9, 1.0)
+    )
     torch.testing.assert_close(b, found.b_enc, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(through, found.b_enc @ W_enc, rtol=1e-4, atol=1e-5)
     assert torch.equal(fired.float(), found.fired)
@@ -119,5 +137,7 @@ def test_compiled_products_equal_torchs(prefixes: list[int]) -> None:
     torch.testing.assert_close(moments[2], 0.1 * across, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(weights[1].norm(dim=1), torch.ones(D_SAE))
     assert torch.equal(weights[2], weights[0].bfloat16())
+    assert torch.equal(coarse.rows, compiled.Coarse.of(weights[0]).rows)
+    torch.testing.assert_close(coarse.rows * coarse.scales[:, None], weights[0], rtol=0, atol=0.02)
     step = 0.01 * moments[0] / (moments[1].sqrt() + 1e-9)
     torch.testing.assert_close(weights[0], W_enc - step)

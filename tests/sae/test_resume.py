@@ -15,9 +15,10 @@ from torch import Tensor
 from sae_steer import runtime
 from sae_steer.errors import StaleError, SteerError
 from sae_steer.runtime import World, read_tensors
+from sae_steer.sae import compiled
 from sae_steer.sae.architectures import ARCHITECTURES, LinearSAE, TopKSAE
 from sae_steer.sae.log import Quiet, StepFacts
-from sae_steer.sae.training import train_dictionary
+from sae_steer.sae.training import Job, Training, train_dictionary
 from sae_steer.settings import SAESettings
 
 
@@ -79,6 +80,25 @@ def test_the_end_of_n_steps_goes_on_to_the_end_of_2n_at_the_precision_of_the_def
         train_dictionary(planted, settings, world=low, checkpoint=path, log=StopAt(20, press_ctrl_c))
     assert read_tensors(path)[1]["step"] == 20
     resumed = train_dictionary(planted, settings, world=low, checkpoint=path).sae
+    assert_same_weights(resumed, train_dictionary(planted, settings, world=low).sae)
+
+
+def test_int8_is_given_up_where_it_decides_little_and_stays_so_after_a_kill(
+    planted, short: SAESettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "can_screen", lambda: True)
+    monkeypatch.setattr(compiled, "SPREAD", 1e6)
+    low, path = World.local(precision="bfloat16", device="cpu"), tmp_path / "state.safetensors"
+    settings = replace(short, precision="bfloat16")
+    training = Training([Job(planted, settings)], low)
+    for step in range(4):
+        assert training.state.learners[0].screens == (step < 2), "ten batches' grace, a tenth each, is soon spent"
+        training.step([planted.batch(step, 128, 0)])
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_dictionary(planted, settings, world=low, checkpoint=path, log=StopAt(20, raise_error))
+    monkeypatch.setattr(compiled, "SPREAD", 0.0)  # what was given up is not tried again
+    resumed = train_dictionary(planted, settings, world=low, checkpoint=path).sae
+    monkeypatch.setattr(compiled, "SPREAD", 1e6)
     assert_same_weights(resumed, train_dictionary(planted, settings, world=low).sae)
 
 
@@ -155,7 +175,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import PlantedRows
 from sae_steer.runtime import World
-from sae_steer.sae.training import train_dictionary
+from sae_steer.sae.training import Job, Training, train_dictionary
 from sae_steer.settings import SAESettings
 
 rows = PlantedRows()
