@@ -88,7 +88,8 @@ class CacheSettings:
     rows_per_shard: int = 65_536
     """Rows a shard holds at most; a kill costs at most one shard."""
     tokens_per_batch: int = 768
-    """Padding counted; on a CPU a batch runs on one core, and the activations of a larger one leave its cache."""
+    """Padding counted; on a CPU a batch runs on one core, and the activations of a larger one leave its cache. A GPU
+    takes 32 times as many."""
     precision: str = "bfloat16"
     """Type of the models' matrix products: `float32` or `bfloat16`."""
 

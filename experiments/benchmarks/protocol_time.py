@@ -3,6 +3,7 @@ control family, four variants. One record holds every shape timed; a run replace
 
     python experiments/benchmarks/protocol_time.py RUN_FOLDER CACHE_FOLDER  # of a finished `sae-steer run`
     python experiments/benchmarks/protocol_time.py --shape 23M              # random weights, its own small cache
+    python experiments/benchmarks/protocol_time.py --shape 23M --device cuda
 
 Of the embedded pair the scan's first feature is timed without sampled plans and with them. Random weights write plans
 without end, so at the 23M shape nothing is sampled; its dictionary is random too, and its feature the one that fires
@@ -71,10 +72,10 @@ def embedded(run: Path, cache: ActivationCache) -> None:
         write("embedded", study, settings, {"pair": pair.sha256, "dictionary": dictionary.sha256}, seconds)
 
 
-def random_23m(folder: Path) -> None:
+def random_23m(folder: Path, device: str) -> None:
     """Random weights of the 23M shape."""
     shape, settings = PRESETS["interpgpt-23m"], replace(InterveneSettings(), generations=0)
-    pair = random_pair(shape)
+    pair = random_pair(shape).to(device)
     cache = cache_activations(pair, layers=(1, 2), out=folder, source=GeneratedTexts(TEXTS))
     sae = TopKSAE(TopKConfig(d_in=shape.d_model, d_sae=4096, k=40)).requires_grad_(False)
     rows = torch.randn(4096, shape.d_model, generator=generator(3))
@@ -87,7 +88,8 @@ def random_23m(folder: Path) -> None:
     dictionary = adopt_dictionary(sae, model=pair.target, layer=2)
     study, whole, stages = timed(pair, dictionary, cache, settings, feature=feature)
     inputs = {"pair": pair.sha256, "dictionary": dictionary.sha256}
-    write("23M", study, settings, inputs, {f"seconds_{EXACT}": whole, f"stages_{EXACT}": stages})
+    name = "23M" if device == "cpu" else f"23M on {torch.cuda.get_device_name()}"
+    write(name, study, settings, inputs, {f"seconds_{EXACT}": whole, f"stages_{EXACT}": stages})
 
 
 if __name__ == "__main__":
@@ -95,9 +97,10 @@ if __name__ == "__main__":
     parser.add_argument("run", nargs="?", type=Path, help="run folder of the embedded pair")
     parser.add_argument("cache", nargs="?", type=Path, help="its cache")
     parser.add_argument("--shape", choices=("embedded", "23M"), default="embedded")
+    parser.add_argument("--device", default="cpu", help="of the 23M shape")
     asked = parser.parse_args()
     if asked.shape == "23M":
         with tempfile.TemporaryDirectory() as scratch:
-            random_23m(Path(scratch) / "cache")
+            random_23m(Path(scratch) / "cache", asked.device)
     else:
         embedded(asked.run, ActivationCache.open(asked.cache))

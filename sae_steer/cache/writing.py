@@ -31,6 +31,8 @@ from sae_steer.records import already_done, provenance, read_json, write_json
 from sae_steer.runtime import Progress, World, in_threads, keep_freed_memory, silent, sweep
 from sae_steer.settings import DEFAULT_LAYER, CacheSettings
 
+ON_GPU = 32
+"""How many times the settings' batch a GPU reads at once."""
 TRIED = 64
 """Texts at most on which `dtype="auto"` is decided."""
 
@@ -209,11 +211,12 @@ def _streams(
     model: NamedModel, layers: tuple[int, ...], texts: Sequence[Text], settings: CacheSettings
 ) -> dict[int, np.ndarray]:
     """{layer: [row, d_model] float32} over the texts' rows, in order."""
-    world = World.local(precision=settings.precision)
+    world = World.local(precision=settings.precision, device=str(model.decoder.device))
     read = stream_reader(model.decoder, layers, world)
     starts = np.cumsum([0, *(len(text) for text in texts)])
     streams = {layer: np.empty((starts[-1], model.decoder.shape.d_model), dtype=np.float32) for layer in layers}
-    batches = list(length_batches([len(text) for text in texts], settings.tokens_per_batch))
+    together = settings.tokens_per_batch * (1 if world.device.type == "cpu" else ON_GPU)
+    batches = list(length_batches([len(text) for text in texts], together))
 
     def place(batch: list[int]) -> None:
         for layer, resid in read(pad([texts[i].token.tolist() for i in batch], 0)).items():

@@ -56,6 +56,6 @@ def cache(pair, layers, texts, dtype, precision, out, seed, force, **plans) -> N
     settings = CacheSettings(dtype=dtype, precision=precision)
     request = {"layers": layers, "out": places.cache, "settings": settings, "source": source, "force": force}
     with joined(precision=precision) as world:
-        made = cache_activations(loaded.to(world.device), **request, on_rows=Bar("cache"), world=world)
+        made = cache_activations(loaded, **request, on_rows=Bar("cache"), world=world)
         if world.is_first:
             click.echo(made.folder)

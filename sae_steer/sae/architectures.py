@@ -87,9 +87,9 @@ class SparseDictionary(Protocol):
 
 def on_device(sae: SparseDictionary, device: torch.device) -> SparseDictionary:
     """`sae` itself if it lies on `device`, or a copy of it there."""
-    if next(iter(sae.state_dict().values())).device == device:
-        return sae
-    return deepcopy(sae).to(device)
+    here = next(iter(sae.state_dict().values())).device
+    there = here.type == device.type and device.index in (None, here.index)
+    return sae if there else deepcopy(sae).to(device)
 
 
 class LinearSAE(nn.Module):

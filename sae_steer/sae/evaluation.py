@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae_steer.errors import InputError
 from sae_steer.runtime import World
-from sae_steer.sae.architectures import SparseDictionary
+from sae_steer.sae.architectures import SparseDictionary, on_device
 
 BINS_A_DECADE = 4
 """Of the density: edges at the quarter steps of log10, so that dictionaries compare bin by bin."""
@@ -81,7 +81,7 @@ class _Sums:
     """The running sums; deviations are from the first batch's mean, so that a large mean cancels nothing."""
 
     def __init__(self, sae: SparseDictionary, world: World) -> None:
-        self.sae, self.world = sae, world
+        self.sae, self.world = on_device(sae, world.device), world
         self.rows = 0
         self.squared_error = self.squared = 0.0
         self.origin: Tensor | None = None

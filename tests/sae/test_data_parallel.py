@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from sae_steer import runtime
 from sae_steer.runtime import World
+from sae_steer.sae import learner
 from sae_steer.sae.architectures import ARCHITECTURES
 from sae_steer.sae.training import Job, train, train_dictionary
 from sae_steer.settings import SAESettings
@@ -53,9 +54,12 @@ def test_two_processes_learn_what_one_learns(planted, short: SAESettings, world:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_gpu_learns_what_a_cpu_learns(architecture: str, planted, short: SAESettings, world: World) -> None:
+def test_a_gpu_learns_what_a_cpu_learns(
+    architecture: str, planted, short: SAESettings, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner, "LOOK_EVERY", 1)  # a CPU looks for dead features at every step
     settings = replace(short, architecture=architecture)
     cpu = train_dictionary(planted, settings, world=world).sae.state_dict()
     gpu = train_dictionary(planted, settings, world=World.local(precision="float32", device="cuda")).sae.state_dict()
     for name, weight in cpu.items():
-        torch.testing.assert_close(gpu[name].cpu(), weight, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(gpu[name].cpu(), weight, rtol=1e-3, atol=1e-4)
