@@ -123,7 +123,7 @@ def joined(*, precision: str = "bfloat16", device: str | None = None) -> Iterato
             return
         place = alone.device
         if place.type == "cuda" and place.index is None:
-            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            place = _own_gpu(int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(place)
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
         yield replace(alone, device=place, rank=dist.get_rank(), size=dist.get_world_size())
@@ -131,6 +131,16 @@ def joined(*, precision: str = "bfloat16", device: str | None = None) -> Iterato
         if dist.is_initialized():
             dist.destroy_process_group()
         signal.signal(signal.SIGTERM, before)
+
+
+def _own_gpu(local_rank: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise InputError(
+            f"process {local_rank + 1} of this node finds {gpus} GPU{'s' * (gpus != 1)}, and each process takes one; "
+            "start one a GPU, or set CUDA_VISIBLE_DEVICES= to run on the CPU"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def _told_to_stop(number: int, frame: object) -> None:

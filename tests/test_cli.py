@@ -426,6 +426,7 @@ def test_torchrun_is_refused_where_one_process_is_meant(monkeypatch):
 
 def test_two_processes_of_torchrun_learn_the_dictionary_of_one(here):
     environment = {**os.environ, "PYTHONPATH": str(Path(sae_steer.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # two processes take two GPUs
     known = ("--pair", here / "toy", "--cache", here / "activations/toy", "--precision", "float32")
     launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sae_steer")
     command = [str(part) for part in (*launch, *DICTIONARY, *known, "--out", "two")]

@@ -262,3 +262,10 @@ def test_two_processes_agree_and_the_loss_of_one_is_told_in_one_line():
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("process 1 of 2 stops because another one did; what is finished is kept")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert runtime._own_gpu(0) == torch.device("cuda", 0)
+    with pytest.raises(InputError, match="process 2 of this node finds 1 GPU, and each process takes one; start one"):
+        runtime._own_gpu(1)

@@ -151,7 +151,7 @@ def reconstruct(
 
     The loss is scale / 2 times the sum of ||x - x_hat||^2 over rows and prefixes.
     """
-    group = torch.bucketize(codes.indices, torch.tensor(prefixes, device=x.device), right=True)
+    group = _group(codes.indices, prefixes)
     indices, errors, squares = codes.indices.long(), [], []
     for number in range(len(prefixes)):
         weights = codes.values * (group <= number) if len(prefixes) > 1 else codes.values
@@ -163,6 +163,13 @@ def reconstruct(
     for number in range(len(prefixes)):
         slopes += selected_dots(stacked[number], W_dec, indices) * (group == number)
     return Reconstruction(stacked, slopes * (codes.values > 0), torch.stack(squares))
+
+
+def _group(indices: Int[Tensor, "..."], prefixes: list[int]) -> Int[Tensor, "..."]:
+    """The number of the first prefix that holds each feature."""
+    if len(prefixes) == 1:
+        return torch.zeros_like(indices)
+    return torch.bucketize(indices, torch.tensor(prefixes, device=indices.device), right=True)
 
 
 def selected_dots(
@@ -199,15 +206,34 @@ def feature_gradients(
     for part in parts:
         codes, fit = part.codes, part.fit
         indices = codes.indices if part.features is None else part.features[codes.indices.long()]
-        in_order, slots = torch.sort(indices.flatten().int(), stable=True)  # int32: 1.9 ms; int64: 3.1
-        starts = torch.searchsorted(in_order, torch.arange(d_sae, device=x.device, dtype=torch.int32))
+        in_order, slots, bounds = _by_feature(indices, d_sae)
+        starts = bounds[:-1]
         owners = slots // codes.indices.shape[1]
         slopes, values = fit.slopes.flatten()[slots], codes.values.flatten()[slots]
         W_enc += embedding_bag(owners, x, starts, per_sample_weights=slopes, mode="sum")
         if len(fit.errors) > 1:
-            owners = owners + len(x) * torch.bucketize(in_order, torch.tensor(prefixes, device=x.device), right=True)
+            owners = owners + len(x) * _group(in_order, prefixes)
         W_dec += embedding_bag(owners, fit.errors.flatten(0, 1), starts, per_sample_weights=values, mode="sum")
-        b_enc.index_add_(0, indices.flatten().long(), fit.slopes.flatten())
+        b_enc += _segment_sums(slopes, bounds)
         if part.features is None:
-            fired.index_add_(0, indices.flatten().long(), (codes.values > 0).to(x).flatten())
+            fired += _segment_sums((values > 0).to(x), bounds)
     return FeatureGradients(W_enc - b_enc[:, None] * b_dec, W_dec, b_enc, fired)
+
+
+def sums_by_feature(
+    indices: Int[Tensor, "row slot"], values: Float[Tensor, "row slot"], d_sae: int
+) -> Float[Tensor, " d_sae"]:
+    """The sum of each feature's values; the same bytes every time, which `index_add_` on a GPU does not promise."""
+    _, slots, bounds = _by_feature(indices, d_sae)
+    return _segment_sums(values.flatten()[slots], bounds)
+
+
+def _by_feature(indices: Int[Tensor, "row slot"], d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The slots' features in order, the slots in that order, and where each feature's begin and end, [d_sae + 1]."""
+    in_order, slots = torch.sort(indices.flatten().int(), stable=True)  # int32: 1.9 ms; int64: 3.1
+    edges = torch.arange(d_sae + 1, device=indices.device, dtype=torch.int32)
+    return in_order, slots, torch.searchsorted(in_order, edges)
+
+
+def _segment_sums(values: Float[Tensor, " slot"], bounds: Int[Tensor, " segment_and_one"]) -> Float[Tensor, " segment"]:
+    return torch.segment_reduce(values, "sum", offsets=bounds, unsafe=True)

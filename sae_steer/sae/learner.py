@@ -14,6 +14,7 @@ A step, for rows x of mean zero and mean square d_in:
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,8 @@ class Learner:
     second: dict[str, Tensor] = field(default_factory=dict)
     low: Tensor = field(init=False)
     """W_enc at the precision of the encoder's product; empty where that is float32."""
+    graph: "Captured | None" = None
+    """What `_measure` does, as one CUDA graph."""
     coarse: "Coarse | None" = field(init=False)
     """W_enc in int8 while `screens`."""
     updates: int = 0
@@ -72,6 +75,9 @@ class Learner:
     """The features that took part in the auxiliary loss at the last look; empty for none, None before the first."""
 
     def __post_init__(self) -> None:
+        self.low = torch.empty_like(
+            self.W_enc[:0] if self.precision == torch.float32 else self.W_enc, dtype=self.precision
+        )
         self.refresh()
         for name in _WEIGHTS:
             self.first.setdefault(name, torch.zeros_like(getattr(self, name)))
@@ -96,7 +102,12 @@ class Learner:
         """Renew what is derived from the weights, after they were copied in."""
         self.screens = self.screens and int(self.unsure) >= 0
         self.coarse = _compiled().Coarse.of(self.W_enc) if self.screens else None
-        self.low = (self.W_enc if self.precision != torch.float32 else self.W_enc[:0]).to(self.precision)
+        self.round_weights()
+
+    def round_weights(self) -> None:
+        """Renew `low`, in place: a CUDA graph reads it where it lies."""
+        if self.precision != torch.float32:
+            self.low.copy_(self.W_enc)
 
     def count_unsure(self, rows: int, unsure: int) -> None:
         """Note that int8 could not decide `unsure` of `rows`; it is given up beyond a share of `MOST_UNSURE`."""
@@ -134,7 +145,8 @@ def new_learner(first: Float[Tensor, "row d_in"], settings: SAESettings, world: 
     guess = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()) @ W_dec
     W_enc = W_dec * ((sample * guess).sum() / guess.square().sum())
     floor = (top.values[:, -1] * (sample * guess).sum() / guess.square().sum()).mean().clamp_min(0)
-    device, alone = world.device, world.size == 1 and world.device.type == "cpu"
+    device = world.device
+    may_screen = device.type == "cpu" and world.size == 1 and world.autocast and settings.architecture == "topk"
     return Learner(
         settings=settings,
         W_enc=W_enc.to(device),
@@ -144,7 +156,7 @@ def new_learner(first: Float[Tensor, "row d_in"], settings: SAESettings, world: 
         threshold=torch.full((d_sae,), float(floor), device=device),
         silent_rows=torch.zeros(d_sae, dtype=torch.long, device=device),
         precision=world.autocast or torch.float32,
-        screens=bool(world.autocast) and alone and settings.architecture == "topk" and _compiled().can_screen(),
+        screens=bool(may_screen) and _compiled().screening_pays(d_sae, settings.k),
         unsure=torch.zeros((), dtype=torch.long),
     )
 
@@ -157,6 +169,67 @@ def step(learner: Learner, x: Float[Tensor, "row d_in"], k: int, lr: float, worl
         x: standardised rows, this process's share of the batch.
         k: codes a row at this step.
     """
+    if learner.dead is None or x.device.type == "cpu" or learner.updates % LOOK_EVERY == 0:
+        dead_for = learner.silent_rows > learner.settings.dead_after_rows
+        learner.dead = dead_for.nonzero()[:, 0] if learner.settings.aux_coefficient else dead_for[:0].long()
+    if x.is_cuda and world.size == 1 and learner.settings.architecture == "topk" and not len(learner.dead):
+        if learner.graph is None or not learner.graph.takes(x, k):
+            learner.graph = Captured.of(lambda rows: _measure(learner, rows, k, world), x, k)
+        found = learner.graph(x)
+    else:
+        found = _measure(learner, x, k, world)
+    _update(learner, x, found, lr, world)
+    return world.mean(found.parts[0].fit.squared_errors[-1] / x.numel())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a batch says of the weights; nothing is changed yet."""
+
+    parts: list[Part]
+    threshold: Float[Tensor, " d_sae"] | None
+    """The gradient to the thresholds of JumpReLU."""
+    gradients: FeatureGradients | None
+    """Those of the features, unless the engine makes them when it updates."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A function of a batch as a CUDA graph: a hundred launches become one."""
+
+    given: Float[Tensor, "row d_in"]
+    k: int
+    graph: torch.cuda.CUDAGraph
+    made: Measured
+    """Where each replay leaves its result."""
+
+    @classmethod
+    def of(cls, function: Callable[[Tensor], Measured], x: Float[Tensor, "row d_in"], k: int) -> "Captured":
+        """`function` must not wait for the device, and read what changes where it lies."""
+        given, aside = x.clone(), torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries set themselves up in their first calls
+            function(given)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = function(given)
+        return cls(given, k, graph, made)
+
+    def takes(self, x: Tensor, k: int) -> bool:
+        """Whether it was captured for batches like this one."""
+        return self.given.shape == x.shape and self.k == k
+
+    def __call__(self, x: Float[Tensor, "row d_in"]) -> Measured:
+        """The function of `x`, until the next call."""
+        self.given.copy_(x)
+        self.graph.replay()
+        return self.made
+
+
+@torch.no_grad()
+def _measure(learner: Learner, x: Tensor, k: int, world: World) -> Measured:
+    """Codes, reconstruction and gradients of a batch."""
     engine = _engine(x, world)
     rows, d_in = len(x) * world.size, x.shape[1]
     codes, near = _choose(learner, x, k, engine, world)
@@ -164,14 +237,12 @@ def step(learner: Learner, x: Float[Tensor, "row d_in"], k: int, lr: float, worl
     scale = 2 / (rows * d_in * len(prefixes))
     fit = engine.reconstruct(x, learner.W_dec, learner.b_dec, codes, prefixes, scale)
     threshold = None if near is None else _threshold_gradient(learner, codes, near, fit.errors[0], rows, world)
-    parts = [Part(codes, fit)]
-    if learner.dead is None or x.device.type == "cpu" or learner.updates % LOOK_EVERY == 0:
-        dead_for = learner.silent_rows > learner.settings.dead_after_rows
-        learner.dead = dead_for.nonzero()[:, 0] if learner.settings.aux_coefficient else dead_for[:0].long()
+    parts, found = [Part(codes, fit)], None
     if len(learner.dead):
         parts.append(_revival(learner, x, -fit.errors[-1] / scale, engine, world))
-    _update(learner, x, parts, threshold, lr, engine, world)
-    return world.mean(fit.squared_errors[-1] / (len(x) * d_in))
+    if engine is kernels:
+        found = kernels.feature_gradients(x, learner.b_dec, parts, prefixes, len(learner.W_enc))
+    return Measured(parts, threshold, found)
 
 
 def _engine(x: Tensor, world: World):
@@ -226,7 +297,7 @@ def _threshold_gradient(learner: Learner, codes: RowCodes, near: RowCodes, error
     pull = settings.sparsity * 2 * (l0 / settings.k - 1) / (settings.k * rows)
     slopes = kernels.selected_dots(errors, learner.W_dec, indices)
     change = -(threshold * slopes + pull) * inside / width
-    return torch.zeros_like(learner.threshold).index_add_(0, indices.flatten(), change.flatten())
+    return kernels.sums_by_feature(near.indices, change, len(learner.threshold))
 
 
 def _revival(learner: Learner, x: Tensor, error: Tensor, engine, world: World) -> Part:
@@ -243,46 +314,46 @@ def _revival(learner: Learner, x: Tensor, error: Tensor, engine, world: World) -
     return Part(codes, fit, dead)
 
 
-def _update(learner: Learner, x: Tensor, parts: list[Part], threshold: Tensor | None, lr: float, engine, world: World):
+def _update(learner: Learner, x: Tensor, found: Measured, lr: float, world: World) -> None:
     learner.updates += 1
     fix = [1 - beta**learner.updates for beta in _BETAS]
     rates = (lr / fix[0], _ADAM_EPS, 1 / math.sqrt(fix[1]))
-    b_dec = parts[0].fit.errors[0].sum(0)
-    if engine is kernels:
-        found = kernels.feature_gradients(x, learner.b_dec, parts, learner.prefixes, len(learner.W_enc))
-        for gradient in (found.W_enc, found.W_dec, found.b_enc, found.fired, b_dec):
+    b_dec = found.parts[0].fit.errors[0].sum(0)
+    gradients = {} if found.threshold is None else {"threshold": world.sum_(found.threshold)}
+    if made := found.gradients:
+        for gradient in (made.W_enc, made.W_dec, made.b_enc, made.fired, b_dec):
             world.sum_(gradient)
-        b_enc, fired, through = found.b_enc, found.fired, found.b_enc @ learner.W_enc
-        _adam_matrices(learner, found, rates)
+        b_enc, fired, through, W_dec = made.b_enc, made.fired, made.b_enc @ learner.W_enc, learner.W_dec
+        across = made.W_dec - (made.W_dec * W_dec).sum(1, keepdim=True) * W_dec
+        gradients |= {"W_enc": made.W_enc, "W_dec": across}
     else:
         moments = tuple(kept[name] for name in ("W_enc", "W_dec") for kept in (learner.first, learner.second))
         weights = (learner.W_enc, learner.W_dec, learner.low)
-        b_enc, fired, through = engine.step_features(
-            x, learner.b_dec, parts, learner.prefixes, weights, learner.coarse, moments, rates
+        b_enc, fired, through = _engine(x, world).step_features(
+            x, learner.b_dec, found.parts, learner.prefixes, weights, learner.coarse, moments, rates
         )
-    _adam(learner, "b_enc", b_enc, rates)
-    _adam(learner, "b_dec", b_dec - through, rates)
-    if threshold is not None:
-        _adam(learner, "threshold", world.sum_(threshold), rates)
-        learner.threshold.clamp_min_(0)
+    _adam(learner, gradients | {"b_enc": b_enc, "b_dec": b_dec - through}, rates)
+    if "W_dec" in gradients:
+        learner.W_dec.copy_(normalize(learner.W_dec, dim=1))
+        learner.round_weights()
+    learner.threshold.clamp_min_(0)
     learner.silent_rows = (learner.silent_rows + len(x) * world.size).masked_fill_(fired > 0, 0)
     settings = learner.settings
     lift = settings.raise_silent * lr / settings.peak_lr
     learner.b_enc += lift * (learner.silent_rows > settings.raise_after_rows)
 
 
-def _adam_matrices(learner: Learner, found: FeatureGradients, rates: tuple[float, float, float]) -> None:
-    W_dec = learner.W_dec
-    _adam(learner, "W_enc", found.W_enc, rates)
-    _adam(learner, "W_dec", found.W_dec - (found.W_dec * W_dec).sum(1, keepdim=True) * W_dec, rates)
-    W_dec.copy_(normalize(W_dec, dim=1))
-    learner.refresh()
-
-
-def _adam(learner: Learner, name: str, gradient: Tensor, rates: tuple[float, float, float]) -> None:
+def _adam(learner: Learner, gradients: dict[str, Tensor], rates: tuple[float, float, float]) -> None:
     """Adam as in `loops`: the step's length and the second moment corrected for their start at zero."""
     length, eps, correction = rates
-    first, second = learner.first[name], learner.second[name]
-    first.lerp_(gradient, 1 - _BETAS[0])
-    second.mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-    getattr(learner, name).addcdiv_(first, (second.sqrt() * correction).add_(eps), value=-length)
+    found = list(gradients.values())
+    weights, first, second = (
+        [kept[name] for name in gradients] for kept in (vars(learner), learner.first, learner.second)
+    )
+    torch._foreach_lerp_(first, found, 1 - _BETAS[0])
+    torch._foreach_mul_(second, _BETAS[1])
+    torch._foreach_addcmul_(second, found, found, value=1 - _BETAS[1])
+    roots = torch._foreach_sqrt(second)
+    torch._foreach_mul_(roots, correction)
+    torch._foreach_add_(roots, eps)
+    torch._foreach_addcdiv_(weights, first, roots, value=-length)

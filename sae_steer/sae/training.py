@@ -10,8 +10,11 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -99,8 +102,25 @@ class Training:
         """The rows of step `number`, all of them."""
         return self.sources[source].batch(number, self.shared.batch_size, self.shared.order_seed)
 
+    def ahead(self) -> Iterator[list[Float[Tensor, "row d_in"]]]:
+        """The batches of every source from the next step on; for a GPU each is read while the step before it runs."""
+
+        on_gpu, steps = self.world.device.type != "cpu", count(self.state.step)
+
+        def read(number: int) -> list[Tensor]:
+            found = [self.batch(source, number) for source in range(len(self.sources))]
+            return [batch.pin_memory() for batch in found] if on_gpu else found
+
+        if not on_gpu:
+            yield from map(read, steps)
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(read, next(steps))
+            while True:
+                now, coming = coming.result(), reader.submit(read, next(steps))
+                yield now
+
     def _standard(self, source: int, batch: Tensor) -> Float[Tensor, "row d_in"]:
-        return (batch.to(self.world.device) - self.means[source]).mul_(1 / self.scales[source])
+        return (batch.to(self.world.device, non_blocking=True) - self.means[source]).mul_(1 / self.scales[source])
 
     def step(self, batches: Sequence[Float[Tensor, "row d_in"]]) -> list[Float[Tensor, ""]]:
         """One step of every dictionary on raw rows, a batch a source; returns what each leaves unexplained."""
@@ -174,9 +194,9 @@ def train(
             log.checkpoint(state.step, checkpoint)
         world.barrier()
 
-    with interrupts_held() as asked:
+    with interrupts_held() as asked, closing(training.ahead()) as batches:
         while state.step < state.plateau.last:
-            lost = training.step([training.batch(source, state.step) for source in range(len(training.sources))])
+            lost = training.step(next(batches))
             if state.step % LOG_EVERY == 0 or state.step == state.plateau.last:
                 told = training.facts(lost, checkpoint)
                 state.plateau.look(state.step, min(facts.fve for facts in told))

@@ -51,8 +51,11 @@ def test_two_processes_learn_what_one_learns(planted, short: SAESettings, world:
             torch.testing.assert_close(two[f"{number}.{name}"], weight, rtol=0, atol=1e-6)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def on_a_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")(test))
+
+
+@on_a_gpu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_gpu_learns_what_a_cpu_learns(
     architecture: str, planted, short: SAESettings, world: World, monkeypatch: pytest.MonkeyPatch
@@ -63,3 +66,33 @@ def test_a_gpu_learns_what_a_cpu_learns(
     gpu = train_dictionary(planted, settings, world=World.local(precision="float32", device="cuda")).sae.state_dict()
     for name, weight in cpu.items():
         torch.testing.assert_close(gpu[name].cpu(), weight, rtol=1e-3, atol=1e-4)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_on_a_gpu_too_the_same_seed_gives_the_same_bytes(architecture: str, planted, short: SAESettings) -> None:
+    settings, low = replace(short, architecture=architecture, precision="bfloat16"), World.local(device="cuda")
+    first, again = (train_dictionary(planted, settings, world=low).sae.state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@on_a_gpu
+def test_a_step_captured_as_a_graph_is_that_step(planted, short: SAESettings, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, gpu = replace(short, dead_after_rows=10**9, k_warmup=0.5), World.local(device="cuda")
+    graphs = train_dictionary(planted, settings, world=gpu).sae.state_dict()
+    met = []
+    monkeypatch.setattr(learner.Captured, "of", lambda function, x, k: met.append(k) or Plain(function, k))
+    plain = train_dictionary(planted, settings, world=gpu).sae.state_dict()
+    assert len(met) > 1, "k falls, and each k has its own graph"
+    assert all(torch.equal(graphs[name], plain[name]) for name in graphs)
+
+
+class Plain:
+    def __init__(self, function, k: int) -> None:
+        self.function, self.k = function, k
+
+    def takes(self, x: torch.Tensor, k: int) -> bool:
+        return self.k == k
+
+    def __call__(self, x: torch.Tensor) -> learner.Measured:
+        return self.function(x)

@@ -86,7 +86,7 @@ def test_the_end_of_n_steps_goes_on_to_the_end_of_2n_at_the_precision_of_the_def
 def test_int8_is_given_up_where_it_decides_little_and_stays_so_after_a_kill(
     planted, short: SAESettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "can_screen", lambda: True)
+    monkeypatch.setattr(compiled, "screening_pays", lambda d_sae, k: True)
     monkeypatch.setattr(compiled, "SPREAD", 1e6)
     low, path = World.local(precision="bfloat16", device="cpu"), tmp_path / "state.safetensors"
     settings = replace(short, precision="bfloat16")
