@@ -212,7 +212,7 @@ class Captured:
             function(given)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread reads the next batch
             made = function(given)
         return cls(given, k, graph, made)
 
