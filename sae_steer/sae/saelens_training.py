@@ -117,7 +117,8 @@ def _trainer(rows: RowSource, settings: SAESettings, architecture: str, options:
     from sae_lens.training.sae_trainer import SAETrainer
 
     steps = settings.rows // settings.batch_size
-    with torch.random.fork_rng(devices=[]):  # sae_lens draws its first weights from torch's global generator
+    gpus = [] if world.device.type == "cpu" else [world.device]
+    with torch.random.fork_rng(devices=gpus):  # sae_lens draws its first weights from torch's global generators
         torch.manual_seed(settings.seed)
         sae = get_sae_training_class(architecture)[0](config)
     trainer = SAETrainer(
