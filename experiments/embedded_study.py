@@ -27,11 +27,22 @@ def steer(folder: Path, *arguments: str) -> Path:
     return folder / done.stdout.strip()
 
 
-def keep(source: Path, name: str) -> None:
+def keep(source: Path, target: Path) -> None:
     """Copy one file into the results."""
-    target = RESULTS / name
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
+
+
+def keep_study(run: Path, results: Path) -> None:
+    """Copy what there is of a run's records and figures."""
+    for name in KEPT:
+        if (run / name).is_file():
+            keep(run / name, results / (Path(name).name if "training" not in name else "adhd_L2.json"))
+    for record in sorted(run.glob("intervene/*/*.json")):
+        if record.name in ("results.json", "atlas.json"):
+            keep(record, results / f"{record.parent.name}.json")
+    for figure in sorted(run.glob("figures/*.png")):
+        keep(figure, results / f"figures/{figure.name}")
 
 
 if __name__ == "__main__":
@@ -42,11 +53,5 @@ if __name__ == "__main__":
     write_json(RESULTS / "run.json", {"command": "sae-steer run --full", "seconds": seconds, "cores": os.cpu_count()})
     for study in STUDIES:
         steer(folder, "intervene", *study)
-    run = steer(folder, "report").parent
-    for name in KEPT:
-        keep(run / name, Path(name).name if "training" not in name else "adhd_L2.json")
-    for record in sorted(run.glob("intervene/*/results.json")):
-        keep(record, f"{record.parent.name}.json")
-    for figure in sorted(run.glob("figures/*.png")):
-        keep(figure, f"figures/{figure.name}")
+    keep_study(steer(folder, "report").parent, RESULTS)
     print(RESULTS)

@@ -59,9 +59,7 @@ class TrainingState:
         self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
         for name, parameter in self.model.named_parameters():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-            self.optimiser.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu") for key in keys
-            }
+            self.optimiser.state[parameter] = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in keys}
         self.step, self.log = facts["step"], facts["log"]
 
 

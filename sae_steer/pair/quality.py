@@ -116,8 +116,8 @@ def _stacked(pair: ModelPair, model: NamedModel, texts: list[str], layers: tuple
     rows: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
     for start in range(0, len(texts), 32):
         ids = [pair.tokenizer.encode(text) for text in texts[start : start + 32]]
-        tokens = pad(ids, 0)
+        tokens = pad(ids, 0).to(model.decoder.device)
         real = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
         for layer, resid in model.decoder.resid_posts(tokens, layers).items():
-            rows[layer].append(resid[real].double().numpy())
+            rows[layer].append(resid.cpu()[real].double().numpy())
     return {layer: np.concatenate(parts) for layer, parts in rows.items()}

@@ -54,7 +54,7 @@ def train_pair(
     force: bool = False,
     on_step: Progress = silent,
 ) -> ModelPair:
-    """Make the pair of `settings` in `folder`, or finish one begun there; returns it as loaded from disk."""
+    """Make the pair of `settings` in `folder`, or finish one begun there; returns it as read from disk, on the CPU."""
     if settings.preset not in PRESETS:
         raise InputError(f"no preset {settings.preset!r}; there are {', '.join(PRESETS)}")
     folder, world = Path(folder), world or World.local()
@@ -70,7 +70,7 @@ def train_pair(
     tokenizer.save(folder / "tokenizer.json")
     logs = _train_models(folder, settings, tokenizer, world, identity, on_step)
     _describe(folder, settings)
-    pair = load_pair(folder)
+    pair = load_pair(folder).to(world.device)
     record = {
         "provenance": wanted,
         "tokenizer": {"rows": tokenizer.n_vocab, "unused_rows": tokenizer.unused},
@@ -80,7 +80,7 @@ def train_pair(
         "measured": measure_pair(pair, seed=settings.seed, on_step=on_step),
     }
     write_json(folder / "training.json", record)
-    return pair
+    return pair.to("cpu")
 
 
 def _make_tokenizer(settings: PairTrainingSettings) -> PlanTokenizer:
