@@ -2,12 +2,13 @@
 
     python experiments/real_size_study.py [FOLDER]  # ten minutes on an H100; resumes after a kill
 
-The pair is `sae-steer train-pair --preset interpgpt-23m`, ten million tokens a model, the first third in common; it is
-too large for git. Everything else is as in embedded_study.py; what the README quotes goes to
+The pair is `sae-steer train-pair --preset interpgpt-23m`, six million tokens a model, as the embedded pair; it is too
+large for git. The feature studied is the one nearest to the released phenotype. Everything else is as in embedded_study.py; what the README quotes goes to
 experiments/results/interpgpt-23m/.
 """
 
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,9 +19,8 @@ from embedded_study import keep, keep_study, steer
 from sae_steer.records import write_json
 
 RESULTS = Path(__file__).parent / "results/interpgpt-23m"
-PAIR = ("--preset", "interpgpt-23m", "--tokens", "10000000", "--lr", "1e-3")
+PAIR = ("--preset", "interpgpt-23m", "--lr", "1e-3")
 STUDIES = (
-    ("--feature", "like-2504"),
     ("--direction", "mean-difference"),
     ("--direction", "random"),
     ("--all-specific",),
@@ -32,12 +32,15 @@ if __name__ == "__main__":
     seconds, named = {}, ("--pair", "pairs/interpgpt-23m")
     for name, command in [
         ("train-pair", ("train-pair", *PAIR, "--out", named[1])),
-        ("run --full", ("run", "--full", *named)),
+        ("run --full", ("run", "--full", "--feature", "like-2504", *named)),
         *((" ".join(("intervene", *study)), ("intervene", *study, *named)) for study in STUDIES),
         ("report", ("report", *named)),
     ]:
         start = time.perf_counter()
-        steer(folder, *command)
+        try:
+            steer(folder, *command)
+        except subprocess.CalledProcessError:  # a refusal, told in one line: no feature is specific, say
+            print(f"{name} was refused")
         seconds[name] = round(time.perf_counter() - start, 1)
         print(json.dumps({name: seconds[name]}), flush=True)
         keep(folder / named[1] / "training.json", RESULTS / "pair.json")
