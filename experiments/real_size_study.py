@@ -3,8 +3,8 @@
     python experiments/real_size_study.py [FOLDER]  # ten minutes on an H100; resumes after a kill
 
 The pair is `sae-steer train-pair --preset interpgpt-23m`, six million tokens a model, as the embedded pair; it is too
-large for git. The feature studied is the one nearest to the released phenotype. Everything else is as in embedded_study.py; what the README quotes goes to
-experiments/results/interpgpt-23m/.
+large for git. The feature studied is the one nearest to the released phenotype. Everything else is as in
+embedded_study.py; what the README quotes goes to experiments/results/interpgpt-23m/.
 """
 
 import json
