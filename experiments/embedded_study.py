@@ -34,10 +34,9 @@ def keep(source: Path, target: Path) -> None:
 
 
 def keep_study(run: Path, results: Path) -> None:
-    """Copy what there is of a run's records and figures."""
+    """Copy a finished run's records and figures."""
     for name in KEPT:
-        if (run / name).is_file():
-            keep(run / name, results / (Path(name).name if "training" not in name else "adhd_L2.json"))
+        keep(run / name, results / (Path(name).name if "training" not in name else "adhd_L2.json"))
     for record in sorted(run.glob("intervene/*/*.json")):
         if record.name in ("results.json", "atlas.json"):
             keep(record, results / f"{record.parent.name}.json")

@@ -39,10 +39,15 @@ if __name__ == "__main__":
         start = time.perf_counter()
         try:
             steer(folder, *command)
-        except subprocess.CalledProcessError:  # a refusal, told in one line: no feature is specific, say
+        except subprocess.CalledProcessError:
+            if command[0] != "intervene":  # which may be refused: no feature is specific, say
+                raise
             print(f"{name} was refused")
+            continue
         seconds[name] = round(time.perf_counter() - start, 1)
         print(json.dumps({name: seconds[name]}), flush=True)
-        keep(folder / named[1] / "training.json", RESULTS / "pair.json")
+        if name == "train-pair":
+            keep(folder / named[1] / "training.json", RESULTS / "pair.json")
+            continue
         keep_study(folder / "runs/interpgpt-23m", RESULTS)
         write_json(RESULTS / "run.json", {"seconds": seconds})

@@ -88,7 +88,9 @@ class World:
         return x
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true in any process."""
+        """Whether `flag` is true in any process; alone, nothing waits for the device."""
+        if self.size == 1:
+            return flag
         return bool(self.sum_(torch.tensor(float(flag), device=self.device)) > 0)
 
     def barrier(self) -> None:

@@ -6,7 +6,15 @@ from itertools import product
 import click
 
 from sae_steer.cli.group import main
-from sae_steer.cli.options import COUNT, force_option, layer_option, open_pair, out_option, places_options
+from sae_steer.cli.options import (
+    COUNT,
+    force_option,
+    layer_option,
+    on_own_device,
+    open_pair,
+    out_option,
+    places_options,
+)
 from sae_steer.settings import SAESettings
 
 
@@ -75,5 +83,5 @@ def train_sae(
         learned = train_saes(cache, wanted, layer=layer, force=force, log=bar, trackers=trackers, world=world)
     if world.is_first:
         for one, dictionary in zip(wanted, learned, strict=True):
-            find_or_splice(loaded, cache, dictionary, one.out, force=force)
+            find_or_splice(on_own_device(loaded), cache, dictionary, one.out, force=force)
             click.echo(one.out)

@@ -8,6 +8,7 @@ from sae_steer.cli.options import (
     SOME,
     dictionary_options,
     force_option,
+    on_own_device,
     open_dictionary,
     open_pair,
     out_option,
@@ -62,6 +63,7 @@ def layers(pair, cache_folder, prompts, out, seed, force) -> None:
     from sae_steer.terminal import Bar
 
     loaded, places = open_pair(pair, cache_folder, None)
+    on_own_device(loaded)
     settings = LayersSettings(prompts=prompts, seed=seed)
     cache, folder = ActivationCache.open(places.cache), out or places.layers
     click.echo(find_or_read_layers(loaded, cache, folder, settings=settings, force=force, on_step=Bar("layers")).parent)

@@ -11,6 +11,7 @@ from sae_steer.cli.options import (
     SOME,
     dictionary_options,
     force_option,
+    on_own_device,
     open_dictionary,
     out_option,
     seed_option,
@@ -81,6 +82,7 @@ def intervene(
     if all_specific:
         _refuse_unused()
     loaded, places, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer)
+    on_own_device(loaded)
     if all_specific:
         shared = {knob: knobs[knob] for knob in ("upstream", "prompts", "seed")}
         settings = AtlasSettings(bound_share=bound, **shared)

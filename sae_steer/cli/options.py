@@ -43,14 +43,20 @@ dictionary_options = shared(pair_option, cache_option, sae_option, layer_option)
 
 
 def open_pair(pair: str, cache_folder: Path | None, run_folder: Path | None):
-    """The pair, on the GPU if there is one, and where its files lie."""
+    """The pair, and where its files lie."""
     from sae_steer.pair.model_pair import load_pair
-    from sae_steer.runtime import World
     from sae_steer.study import Places
 
-    loaded = load_pair(pair).to(World.local().device)
+    loaded = load_pair(pair)
     usual = Places.of(loaded.name)
     return loaded, Places(cache_folder or usual.cache, run_folder or usual.run)
+
+
+def on_own_device(loaded):
+    """The pair, moved to the GPU if there is one, for commands that run its models in one process."""
+    from sae_steer.runtime import World
+
+    return loaded.to(World.local().device)
 
 
 def open_dictionary(pair: str, cache_folder: Path | None, sae_folder: Path | None, layer: int):

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from sae_steer.cli.group import main
-from sae_steer.cli.options import force_option, open_pair, pair_option, places_options
+from sae_steer.cli.options import force_option, on_own_device, open_pair, pair_option, places_options
 from sae_steer.settings import CONTROLS, InterveneSettings
 
 
@@ -29,6 +29,7 @@ def run(pair, cache_folder, feature, full, out, force) -> None:
     from sae_steer.terminal import Bar, TrainingBar
 
     loaded, places = open_pair(pair, cache_folder, out)
+    on_own_device(loaded)
     settings = StudySettings(intervene=InterveneSettings(controls=CONTROLS["full" if full else "quick"]))
     bar = TrainingBar(Bar("train-sae"))
     report = run_study(loaded, places, feature=feature, settings=settings, force=force, progress=Bar, log=bar)

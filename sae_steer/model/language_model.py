@@ -19,7 +19,10 @@ class Shape(Protocol):
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """A causal model with one residual stream. Texts are right-padded: nothing real looks ahead."""
+    """A causal model with one residual stream. Texts are right-padded: nothing real looks ahead.
+
+    Models inherit it: from Python 3.12 on, `isinstance` sees nothing of what `nn.Module` keeps in tables of its own.
+    """
 
     shape: Shape
     layers: nn.ModuleList

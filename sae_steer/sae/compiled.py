@@ -93,8 +93,9 @@ def is_fast_at_int8() -> bool:
 
 
 def screening_pays(d_sae: int, k: int) -> bool:
-    """Whether `screened_topk` is faster here: it computes more than k entries twice, to halve the work on d_sae."""
-    return is_fast_at_int8() and d_sae >= 40 * k
+    """Whether `screened_topk` is faster here, and k enough to tell an error from: more than k entries are computed
+    twice, to halve the work on d_sae."""
+    return is_fast_at_int8() and k >= 16 and d_sae >= 40 * k
 
 
 @torch.no_grad()
@@ -199,7 +200,7 @@ def reconstruct(
     return Reconstruction(errors, slopes, squares.sum(1))
 
 
-def _by_feature(part: Part | None, d_sae: int) -> tuple:
+def _slots_by_feature(part: Part | None, d_sae: int) -> tuple:
     """Where each feature's codes begin, the codes in features' order, their values, slopes, errors, slots a row."""
     if part is None:
         nothing = np.zeros(1, np.float32)
@@ -231,7 +232,7 @@ def step_features(
         weights: W_enc by rows, W_dec, and the bfloat16 copy of W_enc (empty where there is none).
         coarse: the int8 copy of W_enc, where there is one.
         moments: Adam's first and second of W_enc, and of W_dec.
-        rates: the step's length, epsilon and the correction of the second moment, as `optimiser` gives them.
+        rates: the step's length, epsilon and the correction of the second moment.
 
     Returns the gradient to b_enc, which features fired, and the sum of b_enc's gradient times W_enc.
     """
@@ -239,10 +240,10 @@ def step_features(
     d_sae, blocks = len(W_enc), -(-len(W_enc) // BLOCK)
     b_enc, fired, through = torch.empty(d_sae), torch.empty(d_sae, dtype=torch.int32), torch.zeros(blocks, x.shape[1])
     dead = parts[1] if len(parts) > 1 else None
-    coarse = coarse or Coarse.of(W_enc[:0])
+    coarse = coarse or Coarse(torch.empty(0, W_enc.shape[1], dtype=torch.int8), torch.empty(0))
     _each(
         loops.step_features, blocks, BLOCK, x.numpy(), b_dec.numpy(), np.array(prefixes, np.int32),
-        *_by_feature(parts[0], d_sae), *_by_feature(dead, d_sae),
+        *_slots_by_feature(parts[0], d_sae), *_slots_by_feature(dead, d_sae),
         W_enc.numpy(), W_dec.numpy(), low.view(torch.int16).numpy(), coarse.rows.numpy(), coarse.scales.numpy(),
         *(moment.numpy() for moment in moments),
         *map(np.float32, rates), b_enc.numpy(), fired.numpy(), through.numpy(),

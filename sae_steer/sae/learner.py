@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from sae_steer.sae.compiled import Coarse
 
 MOST_UNSURE = 0.1
-"""Share of the rows that int8 may leave to float32 before a bfloat16 product is the faster way; ten batches' grace."""
+"""Share of the rows of `WATCHED` steps that int8 may leave to float32: beyond it a bfloat16 product is faster."""
+WATCHED = 100
 LOOK_EVERY = 10
 """Steps between two looks at which features are dead, on a device that a look would wait for."""
 
@@ -61,13 +62,13 @@ class Learner:
     screens: bool
     """Whether TopK finds its candidates by an int8 product first; given up where int8 decides too few rows."""
     unsure: Int[Tensor, ""]
-    """Rows that int8 left to float32 so far; -1 once it was given up."""
+    """Rows that int8 left to float32 since the last `WATCHED` steps began; -1 once it was given up."""
     first: dict[str, Tensor] = field(default_factory=dict)
     second: dict[str, Tensor] = field(default_factory=dict)
     low: Tensor = field(init=False)
     """W_enc at the precision of the encoder's product; empty where that is float32."""
-    graph: "Captured | None" = None
-    """What `_measure` does, as one CUDA graph."""
+    graph: "Captured | None" = field(init=False, default=None)
+    """What `_measure` does at the final k while no feature is dead, as one CUDA graph."""
     coarse: "Coarse | None" = field(init=False)
     """W_enc in int8 while `screens`."""
     updates: int = 0
@@ -111,8 +112,10 @@ class Learner:
 
     def count_unsure(self, rows: int, unsure: int) -> None:
         """Note that int8 could not decide `unsure` of `rows`; it is given up beyond a share of `MOST_UNSURE`."""
+        if self.updates % WATCHED == 0:
+            self.unsure.zero_()
         self.unsure += unsure
-        if self.unsure > MOST_UNSURE * rows * (self.updates + 10):
+        if self.unsure > MOST_UNSURE * rows * WATCHED:
             self.unsure.fill_(-1)
             self.refresh()
 
@@ -172,9 +175,11 @@ def step(learner: Learner, x: Float[Tensor, "row d_in"], k: int, lr: float, worl
     if learner.dead is None or x.device.type == "cpu" or learner.updates % LOOK_EVERY == 0:
         dead_for = learner.silent_rows > learner.settings.dead_after_rows
         learner.dead = dead_for.nonzero()[:, 0] if learner.settings.aux_coefficient else dead_for[:0].long()
-    if x.is_cuda and world.size == 1 and learner.settings.architecture == "topk" and not len(learner.dead):
-        if learner.graph is None or not learner.graph.takes(x, k):
-            learner.graph = Captured.of(lambda rows: _measure(learner, rows, k, world), x, k)
+    settings = learner.settings
+    plain = settings.architecture == "topk" and k == settings.k and not len(learner.dead)
+    if x.is_cuda and world.size == 1 and plain:
+        if learner.graph is None:
+            learner.graph = Captured.of(lambda rows: _measure(learner, rows, k, world), x)
         found = learner.graph(x)
     else:
         found = _measure(learner, x, k, world)
@@ -198,32 +203,29 @@ class Captured:
     """A function of a batch as a CUDA graph: a hundred launches become one."""
 
     given: Float[Tensor, "row d_in"]
-    k: int
     graph: torch.cuda.CUDAGraph
     made: Measured
     """Where each replay leaves its result."""
 
     @classmethod
-    def of(cls, function: Callable[[Tensor], Measured], x: Float[Tensor, "row d_in"], k: int) -> "Captured":
+    def of(cls, function: Callable[[Tensor], Measured], x: Float[Tensor, "row d_in"]) -> "Captured":
         """`function` must not wait for the device, and read what changes where it lies."""
-        given, aside = x.clone(), torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # libraries set themselves up in their first calls
-            function(given)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread reads the next batch
-            made = function(given)
-        return cls(given, k, graph, made)
-
-    def takes(self, x: Tensor, k: int) -> bool:
-        """Whether it was captured for batches like this one."""
-        return self.given.shape == x.shape and self.k == k
+        with torch.cuda.device(x.device):
+            given, aside, graph = x.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # libraries set themselves up in their first calls
+                function(given)
+            torch.cuda.current_stream().wait_stream(aside)
+            # thread_local: another thread reads the next batch meanwhile
+            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                made = function(given)
+        return cls(given, graph, made)
 
     def __call__(self, x: Float[Tensor, "row d_in"]) -> Measured:
         """The function of `x`, until the next call."""
-        self.given.copy_(x)
-        self.graph.replay()
+        with torch.cuda.device(x.device):
+            self.given.copy_(x)
+            self.graph.replay()
         return self.made
 
 
@@ -262,7 +264,7 @@ def _compiled():
 def _choose(learner: Learner, x: Tensor, k: int, engine, world: World):
     """The codes of the step, and JumpReLU's codes near their thresholds."""
     architecture = learner.settings.architecture
-    if learner.screens:
+    if learner.screens and k == learner.settings.k:
         codes, unsure = engine.screened_topk(x, learner.low, learner.coarse, learner.b_enc, learner.b_dec, k)
         learner.count_unsure(len(x), unsure)
         return codes, None
@@ -303,8 +305,9 @@ def _threshold_gradient(learner: Learner, codes: RowCodes, near: RowCodes, error
 def _revival(learner: Learner, x: Tensor, error: Tensor, engine, world: World) -> Part:
     """The dead features' reconstruction of the error x - x_hat, held fixed; lost is a share of the error's variance."""
     dead, settings = learner.dead, learner.settings
-    bias = learner.b_enc[dead] - learner.W_enc[dead] @ learner.b_dec
-    x, W, bias = (part.to(learner.precision) for part in (x, learner.W_enc[dead], bias))
+    W = learner.W_enc[dead]
+    bias = learner.b_enc[dead] - W @ learner.b_dec
+    x, W, bias = (part.to(learner.precision) for part in (x, W, bias))
     codes = engine.select_topk(x, W, bias, min(settings.aux_k, len(dead)))
     rows = len(error) * world.size
     mean = world.sum_(error.sum(0)) / rows

@@ -58,9 +58,13 @@ def screened_topk(
     """The k largest pre-activations above zero of bfloat16 weights, found by those in int8, off by some error.
 
     The k largest in int8 are computed; how far the two differ tells the error (root mean square), and the least of
-    them how low an entry can be in int8 and yet, `spread` times that error off, be among the k largest. All as high
-    as that are computed as well. Where they are more than `most`, or reach zero, the row's count is -1.
+    them how low an entry can be in int8 and yet, `spread` times that error off, be among the k largest; more times
+    where some feature's scale is beyond those of the k. All as high as that are computed as well. Where they are more
+    than `most`, or reach zero, the row's count is -1.
     """
+    widest = np.float32(0)
+    for j in range(len(W_scales)):
+        widest = max(widest, W_scales[j])
     d_sae = products.shape[1]
     maxima, hits, kept, where = _space_to_choose(d_sae, k)
     bits, dots = np.empty(d_sae, np.int16), np.empty(most, np.float32)
@@ -72,15 +76,17 @@ def screened_topk(
         found = _at_least(bits, maxima, _bound(maxima, len(maxima), k), hits, kept, where)
         found = _cut_to_k(kept, where, found, k, d_sae, indices[n])
         _dots(x[n], W, indices[n], found, values[n])
-        squares = np.float32(0)
+        squares = scales = np.float32(0)
         for i in range(found):
             j = indices[n, i]
+            scales += W_scales[j]
             values[n, i] += b_enc[j]
             near = np.float32(products[n, j]) * (x_scales[n] * W_scales[j]) + b_enc[j]
             squares += (values[n, i] - near) ** 2
             bits[j] = -1  # not to be found again
         last = _least(values[n], found)
-        floor = values[n, last] - spread * np.sqrt(squares / np.float32(k))
+        error = np.sqrt(squares / np.float32(k)) * max(np.float32(1), widest * np.float32(k) / scales)
+        floor = values[n, last] - spread * error
         fresh, counts[n] = most + 1, -1
         if found == k and floor > 0:
             fresh = _at_least(bits, maxima, np.int16(np.float32(floor).view(np.int32) >> 16), hits, kept, where)
@@ -401,8 +407,7 @@ def _round_to_int8(row, rounded):
     for i in range(len(row)):
         size = abs(row[i])
         largest = size if size > largest else largest
-    scale = largest / np.float32(127)
-    inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+    inverse = np.float32(127) / largest if largest > 0 else np.float32(0)
     for i in range(len(row)):
         rounded[i] = np.int8(np.rint(row[i] * inverse))
-    return scale
+    return largest * np.float32(1 / 127)  # forms that every caller's compilation leaves as they are

@@ -65,6 +65,11 @@ class SAELensDictionary(nn.Module):
         """The site its metadata names, such as `blocks.2.hook_resid_post`."""
         return self.inner.cfg.metadata.hook_name
 
+    def to(self, *arguments: Any, **options: Any) -> "SAELensDictionary":
+        """Moved by SAELens itself, which remembers where it is."""
+        self.inner.to(*arguments, **options)
+        return self
+
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "row d_in"]) -> SparseCodes:
         """f of each row; codes below zero (`abstopk`) are kept."""

@@ -33,6 +33,8 @@ from sae_steer.settings import SAESettings
 LOG_EVERY = 10
 """Steps between two looks at the loss: each look waits for the device."""
 
+FORMAT = 2
+"""Of checkpoints; one of another is of other code, and not gone on from."""
 _EXPLODED = 1e4
 _SHARED = ("rows", "batch_size", "order_seed", "precision", "warmup", "decay", "patience", "checkpoint_every")
 
@@ -109,7 +111,7 @@ class Training:
 
         def read(number: int) -> list[Tensor]:
             found = [self.batch(source, number) for source in range(len(self.sources))]
-            return [batch.pin_memory() for batch in found] if on_gpu else found
+            return [batch.pin_memory() if on_gpu and not batch.is_cuda else batch for batch in found]
 
         if not on_gpu:
             yield from map(read, steps)
@@ -183,6 +185,7 @@ def train(
         "settings": [dataclasses.asdict(job.settings) for job in jobs],
         "rows": [job.rows.fingerprint for job in jobs],
         "precision": str(world.autocast),
+        "format": FORMAT,
     }
     identity = {name: _plain(value) for name, value in identity.items()}
     if checkpoint is not None and checkpoint.exists():

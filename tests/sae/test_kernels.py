@@ -137,7 +137,30 @@ def test_compiled_products_equal_torchs(prefixes: list[int]) -> None:
     torch.testing.assert_close(moments[2], 0.1 * across, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(weights[1].norm(dim=1), torch.ones(D_SAE))
     assert torch.equal(weights[2], weights[0].bfloat16())
-    assert torch.equal(coarse.rows, compiled.Coarse.of(weights[0]).rows)
     torch.testing.assert_close(coarse.rows * coarse.scales[:, None], weights[0], rtol=0, atol=0.02)
     step = 0.01 * moments[0] / (moments[1].sqrt() + 1e-9)
     torch.testing.assert_close(weights[0], W_enc - step)
+
+
+def test_a_step_and_a_fresh_start_round_the_weights_alike() -> None:
+    d_in, d_sae = 512, 1024
+    x, W = torch.randn(64, d_in, generator=generator(1)), torch.randn(d_sae, d_in, generator=generator(2))
+    codes = kernels.select_topk(x, W, torch.zeros(d_sae), 5)
+    fit = compiled.reconstruct(x, normalize(W, dim=1), torch.zeros(d_in), codes, [d_sae], 0.01)
+    weights, coarse = (W.clone(), normalize(W, dim=1), W.bfloat16()), compiled.Coarse.of(W)
+    moments = tuple(torch.zeros(d_sae, d_in) for _ in range(4))
+    compiled.step_features(
+        x, torch.zeros(d_in), [Part(codes, fit)], [d_sae], weights, coarse, moments, (0.01, 1e-9, 1.0)
+    )
+    again = compiled.Coarse.of(weights[0])
+    assert torch.equal(coarse.rows, again.rows)
+    assert torch.equal(coarse.scales, again.scales)
+
+
+def test_a_feature_rounded_more_coarsely_than_others_is_not_overlooked() -> None:
+    x, W = (torch.randn(n, 64, generator=generator(n)) for n in (500, 4096))
+    x[:, 3], W[::50, 3] = 0.01 * x[:, 3], 300  # a weight that takes int8's range and that the rows hardly use
+    low, zero = W.bfloat16(), torch.zeros(4096)
+    codes, _ = compiled.screened_topk(x, low, compiled.Coarse.of(W), zero, torch.zeros(64), 40)
+    pre, whole = x @ low.float().T, kernels.select_topk(x, low.float(), zero, 40)
+    torch.testing.assert_close(dense_codes(pre, codes), dense_codes(pre, whole), rtol=1e-4, atol=1e-3)

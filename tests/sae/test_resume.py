@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_steer import runtime
 from sae_steer.errors import StaleError, SteerError
 from sae_steer.runtime import World, read_tensors
-from sae_steer.sae import compiled
+from sae_steer.sae import compiled, learner
 from sae_steer.sae.architectures import ARCHITECTURES, LinearSAE, TopKSAE
 from sae_steer.sae.log import Quiet, StepFacts
 from sae_steer.sae.training import Job, Training, train_dictionary
@@ -83,16 +83,27 @@ def test_the_end_of_n_steps_goes_on_to_the_end_of_2n_at_the_precision_of_the_def
     assert_same_weights(resumed, train_dictionary(planted, settings, world=low).sae)
 
 
+def test_a_run_that_screens_in_int8_resumes_to_the_same_bytes(planted_rows, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compiled, "screening_pays", lambda d_sae, k: True)
+    rows, low, path = planted_rows(d_in=256), World.local(precision="bfloat16", device="cpu"), tmp_path / "state"
+    settings = SAESettings(d_sae=1024, k=16, rows=30 * 256, batch_size=256, checkpoint_every=10)
+    with pytest.raises(RuntimeError, match="killed here"):
+        train_dictionary(rows, settings, world=low, checkpoint=path, log=StopAt(20, raise_error))
+    resumed = train_dictionary(rows, settings, world=low, checkpoint=path).sae
+    assert_same_weights(resumed, train_dictionary(rows, settings, world=low).sae)
+
+
 def test_int8_is_given_up_where_it_decides_little_and_stays_so_after_a_kill(
     planted, short: SAESettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiled, "screening_pays", lambda d_sae, k: True)
     monkeypatch.setattr(compiled, "SPREAD", 1e6)
+    monkeypatch.setattr(learner, "WATCHED", 20)
     low, path = World.local(precision="bfloat16", device="cpu"), tmp_path / "state.safetensors"
     settings = replace(short, precision="bfloat16")
     training = Training([Job(planted, settings)], low)
     for step in range(4):
-        assert training.state.learners[0].screens == (step < 2), "ten batches' grace, a tenth each, is soon spent"
+        assert training.state.learners[0].screens == (step < 3), "a tenth of 20 batches is soon spent"
         training.step([planted.batch(step, 128, 0)])
     with pytest.raises(RuntimeError, match="killed here"):
         train_dictionary(planted, settings, world=low, checkpoint=path, log=StopAt(20, raise_error))
@@ -175,7 +186,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import PlantedRows
 from sae_steer.runtime import World
-from sae_steer.sae.training import Job, Training, train_dictionary
+from sae_steer.sae.training import train_dictionary
 from sae_steer.settings import SAESettings
 
 rows = PlantedRows()
