@@ -20,7 +20,7 @@ from jaxtyping import BFloat16, Float, Int, Int8
 from torch import Tensor
 
 from sae_steer.runtime import in_threads
-from sae_steer.sae import loops
+from sae_steer.sae import choosing, loops
 from sae_steer.sae.architectures import SLAB
 from sae_steer.sae.kernels import Part, Reconstruction, RowCodes, preactivations
 from sae_steer.sae.kernels import select_topk as torch_select_topk
@@ -64,7 +64,7 @@ def select_topk(
         here = slice(start, start + AT_ONCE)
         pre = preactivations(x[here], W, bias)
         out = (indices[here].numpy(), values[here].numpy(), counts[here].numpy())
-        loops.select_topk(0, len(pre), pre.view(torch.int16).numpy(), k, *out)
+        choosing.select_topk(0, len(pre), pre.view(torch.int16).numpy(), k, *out)
 
     in_threads(choose, range(0, len(x), AT_ONCE), x.device)
     return RowCodes(indices, values, counts)
@@ -127,7 +127,7 @@ def screened_topk(
         rounded = np.empty(centred.shape, np.int8)
         loops.round_to_int8(0, len(centred), x[here].numpy(), b_dec.numpy(), centred, rounded, scales)
         products = torch._int_mm(torch.from_numpy(rounded), coarse.rows.T)
-        loops.screened_topk(
+        choosing.screened_topk(
             0, len(centred), centred, W.view(torch.int16).numpy(), b_enc.numpy(), products.numpy(), scales,
             coarse.scales.numpy(), k, np.float32(SPREAD), most, indices[here].numpy(), values[here].numpy(),
             counts[here].numpy(),
@@ -156,13 +156,19 @@ def select_above(
         slab = x[start : start + SLAB]
         pre, here = preactivations(slab, W, bias).float().numpy(), slice(start, start + len(slab))
         _each(
-            loops.select_above, len(slab), pre, floor, indices[here].numpy(), values[here].numpy(), counts[here].numpy()
+            choosing.select_above,
+            len(slab),
+            pre,
+            floor,
+            indices[here].numpy(),
+            values[here].numpy(),
+            counts[here].numpy(),
         )
         most = int(counts[here].max()) if len(slab) else 0
         if most > indices.shape[1]:
             indices, values = (_widened(old, most + most // 4) for old in (indices, values))
             out = (indices[here].numpy(), values[here].numpy(), counts[here].numpy())
-            _each(loops.select_above, len(slab), pre, floor, *out)
+            _each(choosing.select_above, len(slab), pre, floor, *out)
     return RowCodes(indices, values, counts)
 
 
@@ -175,7 +181,7 @@ def _widened(old: Tensor, width: int) -> Tensor:
 def at_least(codes: RowCodes, least: Float[Tensor, ""]) -> RowCodes:
     """As in `kernels`; the codes kept move to the front of their rows, in place."""
     arrays = (codes.indices.numpy(), codes.values.numpy(), codes.counts.numpy())
-    _each(loops.keep_at_least, len(codes.counts), np.float32(least.item()), *arrays)
+    _each(choosing.keep_at_least, len(codes.counts), np.float32(least.item()), *arrays)
     return codes
 
 

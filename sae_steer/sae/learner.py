@@ -14,7 +14,6 @@ A step, for rows x of mean zero and mean square d_in:
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from torch.nn.functional import normalize
 from sae_steer.runtime import World, generator
 from sae_steer.sae import kernels
 from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, TopKConfig, TopKSAE
+from sae_steer.sae.graphs import Captured
 from sae_steer.sae.kernels import FeatureGradients, Part, RowCodes
 from sae_steer.settings import SAESettings
 
@@ -67,7 +67,7 @@ class Learner:
     second: dict[str, Tensor] = field(default_factory=dict)
     low: Tensor = field(init=False)
     """W_enc at the precision of the encoder's product; empty where that is float32."""
-    graph: "Captured | None" = field(init=False, default=None)
+    graph: "Captured[Measured] | None" = field(init=False, default=None)
     """What `_measure` does at the final k while no feature is dead, as one CUDA graph."""
     coarse: "Coarse | None" = field(init=False)
     """W_enc in int8 while `screens`."""
@@ -196,37 +196,6 @@ class Measured:
     """The gradient to the thresholds of JumpReLU."""
     gradients: FeatureGradients | None
     """Those of the features, unless the engine makes them when it updates."""
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A function of a batch as a CUDA graph: a hundred launches become one."""
-
-    given: Float[Tensor, "row d_in"]
-    graph: torch.cuda.CUDAGraph
-    made: Measured
-    """Where each replay leaves its result."""
-
-    @classmethod
-    def of(cls, function: Callable[[Tensor], Measured], x: Float[Tensor, "row d_in"]) -> "Captured":
-        """`function` must not wait for the device, and read what changes where it lies."""
-        with torch.cuda.device(x.device):
-            given, aside, graph = x.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # libraries set themselves up in their first calls
-                function(given)
-            torch.cuda.current_stream().wait_stream(aside)
-            # thread_local: another thread reads the next batch meanwhile
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                made = function(given)
-        return cls(given, graph, made)
-
-    def __call__(self, x: Float[Tensor, "row d_in"]) -> Measured:
-        """The function of `x`, until the next call."""
-        with torch.cuda.device(x.device):
-            self.given.copy_(x)
-            self.graph.replay()
-        return self.made
 
 
 @torch.no_grad()

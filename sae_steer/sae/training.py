@@ -106,7 +106,6 @@ class Training:
 
     def ahead(self) -> Iterator[list[Float[Tensor, "row d_in"]]]:
         """The batches of every source from the next step on; for a GPU each is read while the step before it runs."""
-
         on_gpu, steps = self.world.device.type != "cpu", count(self.state.step)
 
         def read(number: int) -> list[Tensor]:
