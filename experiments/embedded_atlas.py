@@ -18,16 +18,16 @@ from pathlib import Path
 
 import numpy as np
 
+from sae_steer.atlas.atlas import RECORD_FILE, Atlas
 from sae_steer.cache import ActivationCache
 from sae_steer.dictionary import load_dictionary
-from sae_steer.interventions.atlas import RECORD_FILE, Atlas
 from sae_steer.pair.model_pair import load_pair
+from sae_steer.pipeline import Places, find_or_make_atlas
 from sae_steer.records import write_json
 from sae_steer.report.atlas_figure import atlas_figure
 from sae_steer.report.drawing import png_and_svg
 from sae_steer.scan import FeatureScan, load_scan
 from sae_steer.settings import DEFAULT_LAYER
-from sae_steer.study import Places, find_or_make_atlas
 
 RESULTS = Path(__file__).parent / "results/small"
 FEATURES = 300

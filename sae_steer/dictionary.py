@@ -16,7 +16,7 @@ from sae_steer.runtime import World, sha256, sweep
 from sae_steer.sae.architectures import SparseDictionary, on_device
 from sae_steer.sae.evaluation import SAEMetrics, evaluate
 from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
-from sae_steer.sae.saelens import WEIGHTS_FILE, load_sae, read_metadata, save_sae
+from sae_steer.sae.saelens.files import WEIGHTS_FILE, load_sae, read_metadata, save_sae
 from sae_steer.sae.stability import MOST_FEATURES, SeedFolder, SeedStability, find_or_compare, load_stability
 from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.trackers import tracker
@@ -181,7 +181,7 @@ def _learn(
 
 def _train_foreign(jobs: list[Job], *, world: World, log: Log | None, checkpoint: Path) -> list[TrainedSAE]:
     """`train` for one dictionary of a SAELens architecture, by SAELens's own trainer."""
-    from sae_steer.sae.saelens_training import parse_architecture, train_saelens
+    from sae_steer.sae.saelens.training import parse_architecture, train_saelens
 
     (job,) = jobs
     if world.size > 1:

@@ -168,6 +168,8 @@ class ScanSettings:
 
 POSITIONS = ("onsets", "all", "onward")
 """Where a joint edit stands: at the onsets read, at every position, or from the first onset on."""
+LEVEL = 0.05
+"""Of every test."""
 MODES = ("single", "joint")
 """Each onset edited alone, or all places of a text together."""
 CONTROLS = {"quick": 49, "full": 199, "final": 999}

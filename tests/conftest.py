@@ -1,4 +1,5 @@
-"""One small study for all tests: the embedded pair, a cache of few texts, a small dictionary, its scan."""
+"""Two small studies for all tests: the embedded pair with a cache, a dictionary and its scan; the toy pair, whose cause
+is known, with the same."""
 
 import os
 
@@ -7,9 +8,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers of two threads each would wait for one another
 
 import pytest
+import toy
 
 from sae_steer.cache import cache_activations
-from sae_steer.dictionary import train_sae
+from sae_steer.dictionary import Dictionary, train_sae
 from sae_steer.pair.model_pair import load_pair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.scan import scan_features
@@ -43,3 +45,23 @@ def dictionary(cache, tmp_path_factory):
 def scan(cache, dictionary):
     """That dictionary's scan."""
     return scan_features(cache, dictionary)
+
+
+@pytest.fixture(scope="session")
+def toy_pair(tmp_path_factory):
+    """A pair whose models differ in one planted cause."""
+    return load_pair(toy.write_toy_pair(tmp_path_factory.mktemp("toy")))
+
+
+@pytest.fixture(scope="session")
+def toy_cache(toy_pair, tmp_path_factory):
+    """A finished cache of it."""
+    out = tmp_path_factory.mktemp("toy-cache")
+    return cache_activations(toy_pair, layers=(1, 2), out=out, settings=toy.CACHE, source=GeneratedTexts(toy.CORPUS))
+
+
+@pytest.fixture(scope="session")
+def toy_dictionary(toy_pair):
+    """A dictionary whose feature 7 is the cause."""
+    record = {"model": "adhd", "layer": 2, "model_sha256": toy_pair.target.sha256}
+    return Dictionary(toy.toy_sae(), "adhd", 2, record, "0" * 64)

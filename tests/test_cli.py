@@ -21,7 +21,7 @@ from toy import write_toy_pair
 import sae_steer
 from sae_steer.cli import main
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
-from sae_steer.sae.saelens import load_sae, read_metadata, save_sae
+from sae_steer.sae.saelens.files import load_sae, read_metadata, save_sae
 from sae_steer.settings import (
     AtlasSettings,
     CacheSettings,

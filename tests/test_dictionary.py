@@ -12,9 +12,9 @@ from tiny_pair import SHAPE, lively, write_pair
 
 from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import Wanted, check_fits, default_folder, load_dictionary, train_sae, train_saes
+from sae_steer.edits.edit import ZeroAblate
 from sae_steer.errors import InputError, StaleError
 from sae_steer.info import describe
-from sae_steer.interventions.edits import ZeroAblate
 from sae_steer.model.decoder import Decoder
 from sae_steer.pair.model_pair import NamedModel, load_pair
 from sae_steer.pair.texts import GeneratedTexts
@@ -22,7 +22,7 @@ from sae_steer.records import read_json, read_table
 from sae_steer.runtime import World, generator
 from sae_steer.sae.evaluation import evaluate
 from sae_steer.sae.log import Quiet, StepFacts
-from sae_steer.sae.saelens_adapter import sae_lens
+from sae_steer.sae.saelens.adapter import sae_lens
 from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.stability import seed_stability
 from sae_steer.scan import scan_features

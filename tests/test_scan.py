@@ -12,6 +12,7 @@ from sae_steer import stats
 from sae_steer.cache import ActivationCache, ActivationRows
 from sae_steer.dictionary import Dictionary
 from sae_steer.errors import InputError
+from sae_steer.pipeline import find_or_scan
 from sae_steer.runtime import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.sae.stability import SeedStability
@@ -28,7 +29,6 @@ from sae_steer.scan import (
     tells_stability,
 )
 from sae_steer.settings import ScanSettings
-from sae_steer.study import find_or_scan
 
 D_MODEL, D_SAE, PLANTED, SHARED = 16, 16, 5, 2
 TASKS, ROWS = 60, 24

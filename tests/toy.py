@@ -11,6 +11,7 @@ import torch
 from sae_steer.model.decoder import Decoder, init_decoder
 from sae_steer.model.loading import save_decoder
 from sae_steer.pair.model_pair import ModelPair, load_pair, write_pair_toml
+from sae_steer.pipeline import StudySettings
 from sae_steer.runtime import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.settings import (
@@ -21,7 +22,6 @@ from sae_steer.settings import (
     LayersSettings,
     SAESettings,
 )
-from sae_steer.study import StudySettings
 
 SHAPE = DecoderSettings(n_layers=4, n_heads=2, n_kv_heads=1, d_model=16, d_head=8, d_mlp=24, d_vocab=1029, tied=False)
 CONSTANT, CAUSE, FEATURE = 0, 1, 7

@@ -22,7 +22,6 @@ from cache_rows import random_pair
 
 from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import Dictionary, adopt_dictionary, load_dictionary
-from sae_steer.interventions.study import Study, intervene
 from sae_steer.pair.model_pair import ModelPair, load_pair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.records import provenance, read_json, write_json
@@ -30,6 +29,7 @@ from sae_steer.runtime import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.scan import load_scan
 from sae_steer.settings import PRESETS, CorpusSettings, InterveneSettings
+from sae_steer.study.of_pair import Study, intervene
 
 RECORD = Path(__file__).parent / "protocol_time.json"
 EXACT, SAMPLED = "exact", "with_sampled_plans"

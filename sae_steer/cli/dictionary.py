@@ -65,7 +65,7 @@ def train_sae(
     """
     from sae_steer.cache import ActivationCache
     from sae_steer.dictionary import Wanted, train_saes
-    from sae_steer.interventions.splicing import find_or_splice
+    from sae_steer.effects.splicing import find_or_splice
     from sae_steer.runtime import joined
     from sae_steer.terminal import Bar, TrainingBar
 

@@ -33,7 +33,7 @@ def scan(pair, cache_folder, sae_folder, layer, top, min_rate, max_q, min_ratio,
     Example:
         sae-steer scan --top 10
     """
-    from sae_steer.study import find_or_scan
+    from sae_steer.pipeline import find_or_scan
     from sae_steer.terminal import Bar
 
     loaded, places, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer)
@@ -59,7 +59,7 @@ def layers(pair, cache_folder, prompts, out, seed, force) -> None:
         sae-steer layers
     """
     from sae_steer.cache import ActivationCache
-    from sae_steer.study import find_or_read_layers
+    from sae_steer.pipeline import find_or_read_layers
     from sae_steer.terminal import Bar
 
     loaded, places = open_pair(pair, cache_folder, None)

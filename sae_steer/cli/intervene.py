@@ -74,7 +74,7 @@ def intervene(
         sae-steer intervene --direction mean-difference --quick
         sae-steer intervene --all-specific
     """
-    from sae_steer.study import find_or_intervene
+    from sae_steer.pipeline import find_or_intervene
     from sae_steer.terminal import Bar
 
     if bool(feature) + bool(direction) + all_specific > 1:
@@ -113,8 +113,8 @@ def _refuse_unused() -> None:
 
 
 def _atlas(loaded, cache, dictionary, scan_folder: Path, folder: Path, settings: AtlasSettings, force: bool) -> None:
+    from sae_steer.pipeline import find_or_make_atlas
     from sae_steer.scan import load_scan
-    from sae_steer.study import find_or_make_atlas
     from sae_steer.terminal import Bar
 
     scan = load_scan(scan_folder, dictionary)
@@ -127,7 +127,7 @@ def _atlas(loaded, cache, dictionary, scan_folder: Path, folder: Path, settings:
 
 def _source(feature: str, direction: str | None, dictionary, scan_folder: Path):
     """What is tested, and the features that are no controls: the specific ones, if there is a scan to name them."""
-    from sae_steer.interventions.directions import SOURCES
+    from sae_steer.edits.directions import SOURCES
     from sae_steer.scan import RECORD_FILE, load_scan, resolve_index
 
     scan = None

@@ -45,7 +45,7 @@ dictionary_options = shared(pair_option, cache_option, sae_option, layer_option)
 def open_pair(pair: str, cache_folder: Path | None, run_folder: Path | None):
     """The pair, and where its files lie."""
     from sae_steer.pair.model_pair import load_pair
-    from sae_steer.study import Places
+    from sae_steer.pipeline import Places
 
     loaded = load_pair(pair)
     usual = Places.of(loaded.name)

@@ -25,7 +25,7 @@ def run(pair, cache_folder, feature, full, out, force) -> None:
     Example:
         sae-steer run --pair small
     """
-    from sae_steer.study import StudySettings, run_study
+    from sae_steer.pipeline import StudySettings, run_study
     from sae_steer.terminal import Bar, TrainingBar
 
     loaded, places = open_pair(pair, cache_folder, out)

@@ -27,8 +27,8 @@ def selftest(pair, studies, kinds, level_studies, summary, out, seed) -> None:
         sae-steer selftest
         sae-steer selftest --summary
     """
-    from sae_steer.interventions.selftest.run import selftest, summarise
     from sae_steer.pair.model_pair import load_pair
+    from sae_steer.selftest.run import selftest, summarise
     from sae_steer.terminal import Bar
 
     loaded = load_pair(pair)

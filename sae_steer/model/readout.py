@@ -1,10 +1,14 @@
 """What is read from logits: the probability of a set of tokens, and how else two predictions differ."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+Measure = Callable[[Float[Tensor, "*rows vocab"]], Float[Tensor, "*rows"]]
+"""Next-token logits -> the number studied, one a row."""
 
 
 def target_mass(logits: Float[Tensor, "*rows vocab"], target: Int[Tensor, " target"]) -> Float[Tensor, "*rows"]:

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from sae_steer.interventions.survey import BEYOND, COMMON, INSIDE, OPEN, OPPOSITE, RARE
+from sae_steer.atlas.survey import BEYOND, COMMON, INSIDE, OPEN, OPPOSITE, RARE
 from sae_steer.report.drawing import ABOVE, BAND, FAINT, REFERENCE, RELEASED, SINGLE, TARGET, figure_of, spread, styled
 from sae_steer.report.numbers import MINUS, count, number
 from sae_steer.report.run import Record

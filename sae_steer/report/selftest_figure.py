@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from sae_steer.interventions.verdict import CAUSAL, INCONCLUSIVE, INVALID, NON_SPECIFIC, NULL, OPPOSITE
 from sae_steer.report.drawing import FAINT, REFERENCE, SINGLE, TARGET, figure_of, in_percent, styled
 from sae_steer.report.numbers import count
 from sae_steer.report.run import Record
+from sae_steer.study.verdict import CAUSAL, INCONCLUSIVE, INVALID, NON_SPECIFIC, NULL, OPPOSITE
 
 SHOWN = (CAUSAL, NULL, INCONCLUSIVE, NON_SPECIFIC, OPPOSITE, INVALID)
 

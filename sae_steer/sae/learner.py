@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae_steer.runtime import World, generator
-from sae_steer.sae import kernels
 from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, TopKConfig, TopKSAE
-from sae_steer.sae.graphs import Captured
-from sae_steer.sae.kernels import FeatureGradients, Part, RowCodes
+from sae_steer.sae.kernels import portable as kernels
+from sae_steer.sae.kernels.cuda_graph import Captured
+from sae_steer.sae.kernels.portable import FeatureGradients, Part, RowCodes
 from sae_steer.settings import SAESettings
 
 if TYPE_CHECKING:
-    from sae_steer.sae.compiled import Coarse
+    from sae_steer.sae.kernels.cpu import Coarse
 
 MOST_UNSURE = 0.1
 """Share of the rows of `WATCHED` steps that int8 may leave to float32: beyond it a bfloat16 product is faster."""
@@ -225,7 +225,7 @@ def _engine(x: Tensor, world: World):
 
 def _compiled():
     """The kernels for CPUs; numba takes a second to load, so they are loaded where they are used."""
-    from sae_steer.sae import compiled
+    from sae_steer.sae.kernels import cpu as compiled
 
     return compiled
 

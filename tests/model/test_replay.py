@@ -7,8 +7,8 @@ from lens_models import gpt2_like
 from tiny_pair import lively
 from torch import Tensor
 
+from sae_steer.edits.edit import Inject, Subtract
 from sae_steer.errors import InputError, NotDeliveredError
-from sae_steer.interventions.edits import Inject, Subtract
 from sae_steer.model.lens import adapt, to_hooked_transformer
 from sae_steer.model.replay import CleanPass, edited, whole_pass
 from sae_steer.runtime import generator

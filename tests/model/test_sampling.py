@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_steer.interventions.edits import Inject
+from sae_steer.edits.edit import Inject
 from sae_steer.model.replay import edited
 from sae_steer.model.sampling import sample
 from sae_steer.runtime import generator

@@ -15,8 +15,9 @@ from torch import Tensor
 from sae_steer import runtime
 from sae_steer.errors import StaleError, SteerError
 from sae_steer.runtime import World, read_tensors
-from sae_steer.sae import compiled, learner
+from sae_steer.sae import learner
 from sae_steer.sae.architectures import ARCHITECTURES, LinearSAE, TopKSAE
+from sae_steer.sae.kernels import cpu as compiled
 from sae_steer.sae.log import Quiet, StepFacts
 from sae_steer.sae.training import Job, Training, train_dictionary
 from sae_steer.settings import SAESettings

@@ -1,0 +1,1 @@
+"""What an edit does: exact readings at onsets, estimates with intervals, firings, traces and sampled text."""

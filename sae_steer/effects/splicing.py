@@ -1,0 +1,145 @@
+"""How much of a model's next-token loss a dictionary keeps when its reconstruction stands in for the stream.
+
+recovered = (ablated - spliced) / (ablated - clean)
+
+clean    cross-entropy of the text's next tokens, nats, read at the chosen positions;
+spliced  the same with x_hat in place of x after block L, at all chosen positions of a text together;
+ablated  the same with the mean of x over the chosen positions in its place (mean ablation).
+
+1 loses nothing; 0 is no better than a constant (Bricken et al. 2023, "loss recovered"; with the mean instead of
+zero, because a zero is no stream the model has ever seen and makes every dictionary look good).
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from sae_steer import stats
+from sae_steer.cache import ActivationCache
+from sae_steer.dictionary import Dictionary
+from sae_steer.effects.measure import OnsetBatch, OnsetRows
+from sae_steer.errors import InputError
+from sae_steer.model.language_model import LanguageModel
+from sae_steer.model.replay import CleanPass
+from sae_steer.pair.model_pair import ModelPair
+from sae_steer.pair.texts import Text
+from sae_steer.records import already_done, provenance, write_json
+
+RECORD_FILE = "ce_recovered.json"
+TEXTS = 100
+"""Texts read for the record beside a dictionary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplicedLoss:
+    """Cross-entropies in nats a token, and the share a dictionary recovers with its interval over tasks."""
+
+    positions: str
+    """`onsets` or `all`: where the stream was replaced and the loss read."""
+    clean: float
+    spliced: float
+    mean_ablated: float
+    recovered: float
+    low: float
+    high: float
+    n: int
+    """Positions read."""
+    tasks: int
+
+    def record(self) -> dict:
+        """The figures for a JSON record; an interval without bounds is null."""
+        return {key: None if value in (np.inf, -np.inf) else value for key, value in asdict(self).items()}
+
+
+def ce_recovered(
+    model: LanguageModel,
+    sae: nn.Module,
+    texts: Sequence[Text],
+    layer: int,
+    *,
+    only_onsets: bool,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> SplicedLoss:
+    """The loss `sae` recovers when it stands in for the stream after block `layer`, at step onsets or everywhere.
+
+    Args:
+        sae: anything callable that maps rows [row, d_model] of this stream to their reconstructions.
+        draws: bootstrap resamples of the tasks for the interval.
+    """
+    wanted = "onsets" if only_onsets else "all"
+    rows = OnsetRows.of(texts, [np.flatnonzero(t.is_onset) if only_onsets else np.arange(len(t) - 1) for t in texts])
+    if len(set(rows.task.tolist())) < 2:
+        raise InputError(
+            f"the {len(texts)} texts hold {len(rows)} positions to read and fewer than two tasks; "
+            "cross-entropy recovered needs texts of two tasks or more: cache more texts"
+        )
+    mean = _mean_row(model, rows.batches, layer)
+    losses = np.concatenate([_losses(model, sae, batch, layer, mean) for batch in rows.batches])
+    clean, spliced, ablated = losses.T
+    share = stats.cluster_bootstrap_ratio(
+        (ablated - spliced)[:, None], (ablated - clean)[:, None], rows.task, draws=draws, seed=seed
+    )
+    return SplicedLoss(
+        positions=wanted,
+        clean=float(clean.mean()),
+        spliced=float(spliced.mean()),
+        mean_ablated=float(ablated.mean()),
+        recovered=float(share.mean[0]),
+        low=float(share.low[0]),
+        high=float(share.high[0]),
+        n=share.n,
+        tasks=share.clusters,
+    )
+
+
+def find_or_splice(
+    pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, folder: Path, *, force: bool = False
+) -> Path:
+    """The record of `ce_recovered` beside a dictionary, at onsets and everywhere, made now unless it is there.
+
+    Read on the first texts of the scan split that are the model's own: tasks no dictionary was trained on.
+    """
+    path, settings = Path(folder) / RECORD_FILE, {"texts": TEXTS, "split": "scan"}
+    inputs = {"pair": pair.sha256, "cache": cache.sha256, "dictionary": dictionary.sha256}
+    wanted = provenance(settings=settings, inputs=inputs)
+    if not already_done(path, wanted, force=force):
+        model, texts = pair.model(dictionary.model), cache.own_texts("scan", dictionary.model)[:TEXTS]
+        sae = dictionary.to(model.decoder.device).sae
+        found = [
+            ce_recovered(model.decoder, sae, texts, dictionary.layer, only_onsets=only_onsets)
+            for only_onsets in (True, False)
+        ]
+        write_json(path, {"provenance": wanted} | {one.positions: one.record() for one in found})
+    return path
+
+
+@torch.no_grad()
+def _mean_row(model: LanguageModel, batches: Sequence[OnsetBatch], layer: int) -> Float[Tensor, " d_model"]:
+    total, count = 0.0, 0
+    for batch in batches:
+        resid = model.resid_posts(batch.tokens.to(model.device), (layer,))[layer]
+        index = batch.positions.to(model.device)[..., None].expand(-1, -1, resid.shape[-1])
+        chosen = resid.gather(1, index)[batch.real.to(model.device)]
+        total, count = total + chosen.double().sum(0), count + len(chosen)
+    return (total / count).float()
+
+
+@torch.no_grad()
+def _losses(
+    model: LanguageModel, sae: nn.Module, batch: OnsetBatch, layer: int, mean: Float[Tensor, " d_model"]
+) -> Float[np.ndarray, "row 3"]:
+    """Cross-entropy of the next token at every real position: clean, spliced, mean-ablated."""
+    tokens, positions, real = (part.to(model.device) for part in (batch.tokens, batch.positions, batch.real))
+    clean, at = CleanPass.of(model, tokens, layer), batch.marked("onsets").to(model.device)
+    before = clean.resid[at]
+    logits = clean.read_joint(at, torch.stack([before, sae(before), mean.expand_as(before)]), positions)
+    following = tokens.gather(1, positions + 1)[real]
+    columns = [cross_entropy(copy[real].double(), following, reduction="none") for copy in logits]
+    return torch.stack(columns, dim=1).cpu().numpy()

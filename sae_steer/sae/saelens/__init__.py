@@ -1,0 +1,1 @@
+"""SAELens: its files, its other architectures, and its trainer."""

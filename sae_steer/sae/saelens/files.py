@@ -1,0 +1,142 @@
+"""Dictionaries in SAELens' own files: a folder with cfg.json and sae_weights.safetensors.
+
+TopK and JumpReLU are written and read without importing sae_lens, which takes eight seconds;
+`sae_lens.SAE.load_from_disk` reads the same folder to the same numbers. All else SAELens can read goes through it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sae_steer.errors import InputError
+from sae_steer.runtime import replacing, write_text
+from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, SparseDictionary, TopKConfig, TopKSAE
+
+CONFIG_FILE = "cfg.json"
+WEIGHTS_FILE = "sae_weights.safetensors"
+NATIVE = {
+    "topk": (TopKSAE, TopKConfig, ("d_in", "d_sae", "k")),
+    "jumprelu": (JumpReLUSAE, JumpReLUConfig, ("d_in", "d_sae")),
+}
+"""Architecture -> class, config, and the integers that shape it."""
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+_FORMAT_VERSION = "6.54.12"  # the SAELens release whose format this is; below 6.0.0 it drops the metadata
+_UNCHANGED = {  # what SAELens can do to rows and codes, and this package's own dictionaries do not
+    "rescale_acts_by_decoder_norm": False,
+    "apply_b_dec_to_input": True,
+    "normalize_activations": "none",
+    "reshape_activations": "none",
+}
+
+
+def save_sae(sae: SparseDictionary, folder: Path, *, metadata: dict) -> Path:
+    """Write the dictionary to `folder`; `metadata` is kept under metadata.sae_steer. Returns `folder`.
+
+    cfg.json is removed first and written last, so a folder that has one is whole.
+    """
+    folder = Path(folder)
+    facts = _native_facts(sae) if isinstance(sae, LinearSAE) else sae.facts()
+    facts["metadata"] = {**facts["metadata"], "sae_steer": metadata}
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    with replacing(folder / WEIGHTS_FILE) as scratch:
+        save_file({name: weight.cpu().contiguous() for name, weight in sae.state_dict().items()}, scratch)
+    write_text(folder / CONFIG_FILE, json.dumps(facts, indent=2) + "\n")
+    return folder
+
+
+def load_sae(folder: Path) -> SparseDictionary:
+    """The dictionary of a SAELens folder, of whatever architecture and version; nothing is unpickled."""
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
+        raise _not_whole(folder)
+    facts = _read_config(folder) if (folder / CONFIG_FILE).is_file() else {}
+    if facts.get("architecture") in NATIVE and all(
+        facts.get(name, usual) == usual for name, usual in _UNCHANGED.items()
+    ):
+        return _load_native(folder, facts)
+    if not folder.is_dir():
+        raise _not_whole(folder)
+    from sae_steer.sae.saelens.adapter import load_saelens
+
+    return load_saelens(folder)
+
+
+def _native_facts(sae: LinearSAE) -> dict[str, Any]:
+    config = sae.config
+    return {
+        "architecture": config.architecture,
+        **{name: getattr(config, name) for name in NATIVE[config.architecture][2]},
+        "dtype": config.dtype,
+        "device": "cpu",
+        **_UNCHANGED,
+        "metadata": {"sae_lens_version": _FORMAT_VERSION, "sae_lens_training_version": None},
+    }
+
+
+def _load_native(folder: Path, facts: dict) -> LinearSAE:
+    kind, config, names = NATIVE[facts["architecture"]]
+    dtype = str(facts.get("dtype")).removeprefix("torch.")
+    widths = [facts.get(name) for name in names]
+    if not all(isinstance(width, int) for width in widths) or dtype not in DTYPES:
+        raise InputError(
+            f"{folder / CONFIG_FILE} has {', '.join(names)} {widths} and dtype {facts.get('dtype')!r}; "
+            f"it needs integers and one of {', '.join(DTYPES)}"
+        )
+    sae = kind(config(**dict(zip(names, widths, strict=True)), dtype=dtype))
+    weights = _read_weights(folder)
+    _check_shapes(folder, weights, {name: tuple(weight.shape) for name, weight in sae.state_dict().items()})
+    sae.load_state_dict(weights)
+    return sae
+
+
+def read_metadata(folder: Path) -> dict:
+    """The metadata a dictionary was saved with; empty for a dictionary made elsewhere."""
+    folder = Path(folder)
+    facts = _read_config(folder) if (folder / CONFIG_FILE).is_file() else {}
+    return (facts.get("metadata") or {}).get("sae_steer") or {}
+
+
+def _read_config(folder: Path) -> dict:
+    try:
+        facts = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise _not_whole(folder) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG_FILE} is not JSON ({error}); save it again") from error
+    if not isinstance(facts, dict):
+        raise InputError(f"{folder / CONFIG_FILE} holds no JSON object; save it again")
+    return facts
+
+
+def _not_whole(folder: Path) -> InputError:
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    return InputError(
+        f"{folder} is not a whole dictionary: {' and '.join(missing)} missing; "
+        f"it needs {CONFIG_FILE} and {WEIGHTS_FILE}: train or export it again"
+    )
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise _not_whole(folder)
+    try:
+        return load_file(folder / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); save it again") from error
+
+
+def _check_shapes(folder: Path, weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if found != expected:
+        raise InputError(
+            f"{folder / WEIGHTS_FILE} holds {_shapes(found)}; its {CONFIG_FILE} calls for {_shapes(expected)}"
+        )
+
+
+def _shapes(tensors: dict[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(tensors.items()))

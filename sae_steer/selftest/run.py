@@ -1,0 +1,145 @@
+"""The selftest: hundreds of studies of planted pairs, each a small record of its own, and what they add up to.
+
+    texts, dictionary -> studies/KIND-NUMBER.json, studies/level-NUMBER.json -> selftest.json
+
+A finished study is found again by its settings and by `REVISION`; one made otherwise is made anew.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from sae_steer.cache import ActivationCache, cache_activations
+from sae_steer.dictionary import train_sae
+from sae_steer.errors import InputError
+from sae_steer.model.readout import TargetMass
+from sae_steer.pair.model_pair import ModelPair
+from sae_steer.pair.texts import GeneratedTexts
+from sae_steer.records import provenance, read_json, write_json
+from sae_steer.runtime import Progress, silent, sweep
+from sae_steer.selftest.ground import Ground, opening, population_plans
+from sae_steer.selftest.kinds import KINDS
+from sae_steer.selftest.population import Population
+from sae_steer.selftest.summary import summary
+from sae_steer.selftest.trial import run_level_study, run_study
+from sae_steer.settings import CorpusSettings, SAESettings, SelftestSettings
+
+REVISION = 2
+"""Raised by hand with every change of the protocol or of the planting that changes what a study finds."""
+RECORD_FILE = "selftest.json"
+LEVEL = "level"
+STUDIED = (*KINDS, LEVEL)
+"""Kinds of studies: of each kind of planted pair, and of the level of the rank test."""
+COUNTS = ("studies", "level_studies")
+"""Settings that say how many studies there are, not what one of them is."""
+
+
+def selftest(
+    pair: ModelPair,
+    out: Path,
+    *,
+    settings: SelftestSettings | None = None,
+    kinds: Sequence[str] = (),
+    on_step: Progress = silent,
+) -> Path:
+    """Run every study that `out` lacks, then write what all that it holds show; returns the record's path.
+
+    Args:
+        kinds: those of `STUDIED` to study; none for all.
+    """
+    unknown = set(kinds) - set(STUDIED)
+    if unknown:
+        raise InputError(f"no kind of study {', '.join(sorted(unknown))}; there are {', '.join(STUDIED)}")
+    settings, ground, out = settings or SelftestSettings(), None, Path(out)
+    planned = list(_planned(settings, kinds or STUDIED))
+    sweep(out / "studies")
+    for done, (kind, number) in enumerate(planned):
+        path, wanted = _path(out, kind, number), _origin(pair, settings, kind, number)
+        if _is_current(path, wanted):
+            continue
+        on_step(done, len(planned), f"{kind} {number}")
+        ground = ground or prepare(pair, out, settings)
+        found = run_level_study(ground, number) if kind == LEVEL else run_study(ground, kind, number)
+        write_json(path, {"provenance": wanted, **found})
+    on_step(len(planned), len(planned), "all studies")
+    return summarise(pair, out, settings=settings)
+
+
+def summarise(pair: ModelPair, out: Path, *, settings: SelftestSettings | None = None) -> Path:
+    """Write what the finished studies in `out` show, all of them or not; returns the record's path."""
+    settings = settings or SelftestSettings()
+    studies, levels = [], []
+    for kind, number in _planned(settings, STUDIED):
+        path = _path(Path(out), kind, number)
+        if _is_current(path, _origin(pair, settings, kind, number)):
+            (levels if kind == LEVEL else studies).append(read_json(path))
+    origin = provenance(settings=settings, inputs={"pair": pair.sha256, "revision": str(REVISION)})
+    made_at = Counter(study["provenance"]["commit"] for study in [*studies, *levels])
+    return write_json(Path(out) / RECORD_FILE, {"provenance": origin, "made_at": made_at, **summary(studies, levels)})
+
+
+def prepare(pair: ModelPair, out: Path, settings: SelftestSettings) -> Ground:
+    """Texts, target tokens and a dictionary of the embedded target model, made in `out` once."""
+    layer = pair.target.decoder.shape.n_layers - 2
+    corpus = CorpusSettings(
+        train_plans=settings.train_plans,
+        scan_plans=max(settings.tune_texts, 1),
+        tune_plans=settings.tune_texts,
+        confirm_plans=population_plans(settings),
+        seed=settings.seed,
+    )
+    source = GeneratedTexts(corpus)
+    cache = cache_activations(
+        pair,
+        layers=(layer,),
+        out=out / "cache",
+        source=GeneratedTexts(CorpusSettings(**{**asdict(corpus), "tune_plans": 1, "confirm_plans": 1})),
+    )
+    own = source.variants.index(pair.target.name)
+
+    def texts(split: str) -> list:
+        return [text for text in source.texts(pair, split) if text.variant == own]
+
+    return Ground(
+        pair=pair,
+        measure=TargetMass(cache.target_tokens(pair).ids),
+        sae=_dictionary(cache, pair, layer, out, settings),
+        layer=layer,
+        fit=tuple(texts("train")[: settings.fit_texts]),
+        tune=tuple(texts("tune")),
+        population=Population.of([opening(text, settings.onsets) for text in texts("confirm")], settings.seed),
+        settings=settings,
+    )
+
+
+def _dictionary(cache: ActivationCache, pair: ModelPair, layer: int, out: Path, settings: SelftestSettings):
+    usual = SAESettings(d_sae=settings.d_sae, rows=settings.sae_rows, seed=settings.seed)
+    made = train_sae(cache, model=pair.target.name, layer=layer, out=out / "dictionary", settings=usual)
+    return made.sae
+
+
+def _planned(settings: SelftestSettings, kinds: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Kinds in turn, so that a run which is stopped has as many studies of each."""
+    for number in range(max(settings.studies, settings.level_studies)):
+        for kind in kinds:
+            if number < (settings.level_studies if kind == LEVEL else settings.studies):
+                yield kind, number
+
+
+def _path(out: Path, kind: str, number: int) -> Path:
+    return out / "studies" / f"{kind.replace(' ', '-')}-{number:03}.json"
+
+
+def _origin(pair: ModelPair, settings: SelftestSettings, kind: str, number: int) -> dict:
+    known = {name: value for name, value in asdict(settings).items() if name not in COUNTS}
+    inputs = {"pair": pair.sha256, "revision": str(REVISION), "study": f"{kind} {number}"}
+    return provenance(settings=known, inputs=inputs)
+
+
+def _is_current(path: Path, wanted: dict) -> bool:
+    """Whether a whole record of these settings lies there; what was made otherwise is made anew."""
+    if not path.is_file():
+        return False
+    found = read_json(path).get("provenance", {})
+    return all(found.get(part) == wanted[part] for part in ("settings", "inputs"))

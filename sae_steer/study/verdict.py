@@ -1,0 +1,113 @@
+"""From tests to a verdict: pure rules over numbers, the first that holds.
+
+INVALID       a gate fails
+NULL          the 90 % interval lies inside the bound, for the single and the joint edit, and something of this
+              size is known to move this model by twice the bound
+CAUSAL        beyond the bound with the predicted sign (single or joint), and further than control directions go
+OPPOSITE      the same with the other sign
+NON-SPECIFIC  beyond the bound, but control directions go as far
+INCONCLUSIVE  none of these: the interval straddles the bound, or nothing of this size moves this model
+
+The minimum-effect p of a study's variants and modes are Holm-corrected together, so that one CAUSAL among them
+is wrong in 5 % of studies; a null needs no correction, because all four must hold (intersection-union).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sae_steer.settings import LEVEL
+from sae_steer.study.gates import Gate
+
+INVALID, NULL, CAUSAL, OPPOSITE = "INVALID", "NULL", "CAUSAL", "OPPOSITE"
+NON_SPECIFIC, INCONCLUSIVE = "NON-SPECIFIC", "INCONCLUSIVE"
+VERDICTS = (INVALID, NULL, CAUSAL, OPPOSITE, NON_SPECIFIC, INCONCLUSIVE)
+
+
+@dataclass(frozen=True)
+class ModeTests:
+    """What one mode of a variant, single or joint, says."""
+
+    p_above: float
+    """Minimum-effect p that the effect is beyond the bound upwards, Holm-corrected."""
+    p_below: float
+    inside: bool
+    """Whether the 90 % interval lies inside the bound, on tasks enough for a null."""
+    specific_p: float | None
+    """The largest rank p among the control families; None where no family was read."""
+
+    def beyond(self, sign: int) -> bool:
+        """Whether the effect lies beyond the bound on the side of `sign`."""
+        return (self.p_above if sign > 0 else self.p_below) <= LEVEL
+
+    @property
+    def specific(self) -> bool:
+        """Whether it goes further than the controls of every family."""
+        return self.specific_p is not None and self.specific_p <= LEVEL
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A verdict's name and why it holds, in one sentence."""
+
+    name: str
+    why: str
+
+
+def judge(predicted_sign: int, modes: Mapping[str, ModeTests], gates: Sequence[Gate], *, needs: str) -> Verdict:
+    """One variant's verdict.
+
+    Args:
+        gates: of the variant and of the study. Those that do not invalidate are read by number: "6b" and "7".
+        needs: how many onsets it would take to decide, as a sentence.
+    """
+    failed = [gate for gate in gates if gate.invalidates and not gate.passed]
+    if failed:
+        return Verdict(INVALID, "; ".join(f"gate {gate.number} ({gate.name}): {gate.detail}" for gate in failed))
+    movable, calibrated = (all(g.passed for g in gates if g.number == number) for number in ("6b", "7"))
+    if movable and all(tests.inside for tests in modes.values()):
+        return Verdict(NULL, "the 90 % interval lies inside the bound, single and joint")
+    for sign, name in ((predicted_sign, CAUSAL), (-predicted_sign, OPPOSITE)):
+        found = [mode for mode, tests in modes.items() if tests.beyond(sign) and tests.specific]
+        if found and calibrated:
+            side = "in the predicted direction" if name == CAUSAL else "against the prediction"
+            return Verdict(name, f"beyond the bound {side} and further than control directions go ({_and(found)})")
+    beyond = [mode for mode, tests in modes.items() if tests.beyond(+1) or tests.beyond(-1)]
+    if beyond:
+        why = "but control directions of the same size go as far"
+        if not calibrated:
+            why = "but so are too many control directions treated as if they were the one studied (gate 7)"
+        return Verdict(NON_SPECIFIC, f"beyond the bound ({_and(beyond)}), {why}")
+    if not movable:
+        return Verdict(
+            INCONCLUSIVE,
+            "nothing of this size moves this model: no positive control of the delivered length exceeds twice the "
+            "bound, so that an effect inside it says nothing",
+        )
+    return Verdict(INCONCLUSIVE, f"the interval straddles the bound; {needs}")
+
+
+def judge_study(verdicts: Mapping[str, Verdict]) -> str:
+    """The study's verdict from those of its variants: NULL when all are, CAUSAL when any is.
+
+    Otherwise the first of OPPOSITE, NON-SPECIFIC and INVALID that says something of all of them or more than
+    INCONCLUSIVE of one.
+    """
+    names = [verdict.name for verdict in verdicts.values()]
+    for every in (INVALID, NULL):
+        if all(name == every for name in names):
+            return every
+    return next((name for name in (CAUSAL, OPPOSITE, NON_SPECIFIC) if name in names), INCONCLUSIVE)
+
+
+def listed(verdicts: Mapping[str, Verdict]) -> str:
+    """The variants under each verdict, in the verdicts' order."""
+    parts = []
+    for name in VERDICTS:
+        under = [variant for variant, verdict in verdicts.items() if verdict.name == name]
+        if under:
+            parts.append(f"{name}: {', '.join(under)}")
+    return "; ".join(parts)
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join(names)

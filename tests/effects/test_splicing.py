@@ -1,0 +1,84 @@
+"""Cross-entropy recovered: 1 for a perfect dictionary, 0 for a constant one, and the same as splicing by a hook."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sae_steer.effects.splicing import ce_recovered, find_or_splice
+from sae_steer.errors import InputError
+from sae_steer.records import read_json
+
+LAYER, DRAWS = 2, 200
+
+
+@pytest.fixture(scope="module")
+def texts(cache):
+    return cache.own_texts("confirm", "adhd")[:12]
+
+
+class MeanOf(nn.Module):
+    """Every row becomes the mean of the rows it is called with in all."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.mean = rows.mean(0)
+
+    def forward(self, x):
+        return self.mean.expand_as(x)
+
+
+@pytest.mark.parametrize("only_onsets", [True, False])
+def test_a_perfect_reconstruction_recovers_everything(pair, texts, only_onsets) -> None:
+    found = ce_recovered(pair.target.decoder, nn.Identity(), texts, LAYER, only_onsets=only_onsets, draws=DRAWS)
+    assert (found.recovered, found.low, found.high) == (1.0, 1.0, 1.0)
+    assert found.spliced == found.clean < found.mean_ablated
+
+
+def test_a_constant_recovers_nothing(pair, texts) -> None:
+    model = pair.target.decoder
+    rows = []
+    for text in texts:
+        resid = model.resid_posts(torch.from_numpy(text.token.astype(np.int64))[None], (LAYER,))[LAYER][0]
+        rows.append(resid[torch.from_numpy(text.is_onset)])
+    found = ce_recovered(model, MeanOf(torch.cat(rows).detach()), texts, LAYER, only_onsets=True, draws=DRAWS)
+    assert found.recovered == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("only_onsets", [True, False])
+def test_the_spliced_loss_is_that_of_a_forward_pass_with_a_hook(pair, texts, dictionary, only_onsets) -> None:
+    model, losses = pair.target.decoder, []
+    for text in texts:
+        tokens = torch.from_numpy(text.token.astype(np.int64))[None]
+        where = torch.from_numpy(text.is_onset)[:-1] if only_onsets else torch.ones(len(text) - 1, dtype=torch.bool)
+
+        def splice(module, inputs, resid, where=where):
+            resid = resid.clone()
+            resid[0, :-1][where] = dictionary.sae(resid[0, :-1][where])
+            return resid
+
+        handle = model.layers[LAYER].register_forward_hook(splice)
+        with torch.no_grad():
+            logits = model(tokens)
+        handle.remove()
+        losses.append(nn.functional.cross_entropy(logits[0, :-1][where], tokens[0, 1:][where], reduction="none"))
+    found = ce_recovered(model, dictionary.sae, texts, LAYER, only_onsets=only_onsets, draws=DRAWS)
+    assert found.n == sum(map(len, losses))
+    assert found.spliced == pytest.approx(float(torch.cat(losses).mean()), abs=1e-4)
+    assert found.low <= found.recovered <= found.high
+
+
+def test_the_record_beside_a_dictionary_is_made_once(
+    toy_pair, toy_cache, toy_dictionary, tmp_path, monkeypatch
+) -> None:
+    path = find_or_splice(toy_pair, toy_cache, toy_dictionary, tmp_path)
+    record = read_json(path)
+    assert record["onsets"]["n"] < record["all"]["n"]
+    assert record["onsets"]["clean"] <= record["onsets"]["mean_ablated"]
+    monkeypatch.setattr("sae_steer.effects.splicing.ce_recovered", None)
+    assert find_or_splice(toy_pair, toy_cache, toy_dictionary, tmp_path) == path
+
+
+def test_texts_of_one_task_are_refused(pair, texts, dictionary) -> None:
+    with pytest.raises(InputError, match="two tasks or more"):
+        ce_recovered(pair.target.decoder, dictionary.sae, texts[:1], LAYER, only_onsets=True)

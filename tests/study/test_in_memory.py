@@ -1,0 +1,149 @@
+"""The protocol on a user's own models, tensors and measure: the toy pair without its folder or its cache."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from toy import CAUSE, FEATURE, SHAPE, toy_sae
+
+import sae_steer as ss
+from sae_steer.errors import InputError
+from sae_steer.model.loading import save_decoder
+from sae_steer.sae.saelens.adapter import sae_lens
+from sae_steer.sae.saelens.files import save_sae
+from sae_steer.settings import InterveneSettings
+
+SETTINGS = InterveneSettings(
+    doses=(0.0, 1.0), controls=99, ribbon=2, calibration=5, joint_control_prompts=4, bootstrap_draws=400,
+    onsets_per_prompt=1, min_firings=10,
+)  # fmt: skip
+FEW = replace(SETTINGS, controls=4, ribbon=1, calibration=2, bootstrap_draws=100)
+"""Where effects are compared and no verdict."""
+TEXTS = 64
+
+
+@pytest.fixture(scope="module")
+def texts(toy_pair):
+    """Random tokens, delimiters here and there; the delimiters are marked."""
+    random = torch.Generator().manual_seed(2)
+    tokens = torch.randint(10, 900, (TEXTS, 24), generator=random)
+    delimiter = toy_pair.tokenizer.token_id("<|sep|>")
+    marked = torch.zeros(TEXTS, 24, dtype=torch.bool)
+    marked[:, [5, 11, 17]] = True
+    return {"tokens": tokens.masked_fill(marked, delimiter), "positions": marked, "layer": 2, "settings": SETTINGS}
+
+
+@pytest.fixture(scope="module")
+def ids(toy_pair):
+    return sorted({toy_pair.tokenizer.encode(phrase)[0] for phrase in toy_pair.phrases})
+
+
+@pytest.fixture(scope="module")
+def cause():
+    return 2.0 * torch.eye(SHAPE.d_model)[CAUSE]
+
+
+@pytest.fixture(scope="module")
+def found(toy_pair, texts, ids, cause):
+    return ss.intervene([model.decoder for model in toy_pair.models], cause, measure=ids, **texts)
+
+
+def effects(study):
+    return {v["variant"]: v["single"]["doses"][1]["mean"] for v in study.record["variants"]}
+
+
+def test_the_cause_moves_the_measure_as_predicted_and_the_verdict_says_so(found):
+    moved = effects(found)
+    assert set(moved) == {"inject", "subtract", "upstream"}
+    assert moved["inject"] > 0.02
+    assert moved["subtract"] < -0.02
+    verdicts = {v["variant"]: v["verdict"] for v in found.record["variants"]}
+    assert verdicts["subtract"] == "CAUSAL", found.table()
+    assert found.verdict in found.table()
+
+
+def test_other_kinds_of_the_same_models_give_the_same_effects(toy_pair, texts, ids, cause, found, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    reference, target = (model.decoder for model in toy_pair.models)
+    hub = LlamaForCausalLM.from_pretrained(save_decoder(reference, tmp_path / "hub", dtype=torch.float32))
+    others = [hub, ss.to_hooked_transformer(target)]
+    again = ss.intervene(others, cause, measure=ids, **{**texts, "settings": FEW})
+    for name, effect in effects(found).items():
+        assert effects(again)[name] == pytest.approx(effect, abs=1e-5)
+
+
+def test_a_feature_of_a_dictionary_and_a_measure_of_ones_own(toy_pair, texts, ids, found):
+    def log_odds(logits):
+        rest = logits.clone()
+        rest[..., ids] = -torch.inf
+        return logits[..., ids].logsumexp(-1) - rest.logsumexp(-1)
+
+    study = ss.intervene(
+        toy_pair, toy_sae(), feature=FEATURE, measure=log_odds, **{**texts, "settings": replace(FEW, bound_cap=1e6)}
+    )
+    moved = effects(study)
+    assert moved["zero_ablate"] < 0 < moved["inject"]
+    assert abs(moved["inject"]) > abs(effects(found)["inject"])  # in nats, not in probability
+
+
+@pytest.fixture(scope="module")
+def saelens_object(tmp_path_factory):
+    """`toy_sae` as sae_lens itself holds it."""
+    package = sae_lens()
+    return package.SAE.load_from_disk(save_sae(toy_sae(), tmp_path_factory.mktemp("sae") / "toy", metadata={}))
+
+
+@pytest.mark.parametrize("given", ["object", "release"])
+def test_a_saelens_dictionary_gives_the_effects_of_the_native_one(
+    toy_pair, texts, ids, saelens_object, monkeypatch, given
+):
+    asked = []
+
+    def from_pretrained(release, sae_id, device):
+        asked.append((release, sae_id))
+        return saelens_object
+
+    monkeypatch.setattr(sae_lens().SAE, "from_pretrained", from_pretrained)
+    subject = saelens_object if given == "object" else ("a-release", "blocks.2.hook_resid_post")
+    few = {**texts, "settings": FEW, "measure": ids, "feature": FEATURE}
+    theirs, ours = (effects(ss.intervene(toy_pair, sae, **few)) for sae in (subject, toy_sae()))
+    assert set(theirs) == {"inject", "subtract", "zero_ablate", "upstream"}
+    assert theirs == pytest.approx(ours, abs=1e-6)
+    assert abs(theirs["zero_ablate"]) > 0.01
+    assert asked == ([] if given == "object" else [subject])
+
+
+def test_a_release_that_cannot_be_fetched_is_told_in_one_line(toy_pair, texts, ids, monkeypatch):
+    def no_network(release, sae_id, device):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(sae_lens().SAE, "from_pretrained", no_network)
+    with pytest.raises(InputError, match=r"a-release/some-id cannot be read .*no route to host") as told:
+        ss.intervene(toy_pair, ("a-release", "some-id"), feature=FEATURE, measure=ids, **texts)
+    assert "\n" not in str(told.value)
+
+
+def test_a_silent_feature_is_invalid_with_the_reason(toy_pair, texts, ids):
+    sae = toy_sae()
+    sae.b_enc[5] = -1e6
+    study = ss.intervene(toy_pair, sae, feature=5, measure=ids, **texts)
+    assert study.verdict == "INVALID"
+    assert "fires" in study.table()
+
+
+def test_what_cannot_be_studied_is_told_in_one_line(toy_pair, texts, ids, cause):
+    few = {**texts, "tokens": texts["tokens"][:30], "positions": texts["positions"][:30]}
+    with pytest.raises(InputError, match="intervals over tasks need 30"):
+        ss.intervene(toy_pair, cause, measure=ids, **few)
+    with pytest.raises(InputError, match="3 numbers and the stream 16 dimensions"):
+        ss.intervene(toy_pair, torch.ones(3), measure=ids, **texts)
+    with pytest.raises(InputError, match="name one with feature="):
+        ss.intervene(toy_pair, toy_sae(), measure=ids, **texts)
+    with pytest.raises(InputError, match="marks no token"):
+        ss.intervene(toy_pair, cause, measure=ids, **{**texts, "positions": torch.zeros(TEXTS, 24, dtype=torch.bool)})
+    with pytest.raises(InputError, match="neither a vector nor a dictionary"):
+        ss.intervene(toy_pair, np.ones(16), measure=ids, **texts)
+    with pytest.raises(InputError, match="give tokens= and positions="):
+        ss.intervene(toy_pair, cause)
