@@ -10,9 +10,9 @@ import torch
 
 from sae_steer.cache import ActivationCache, site
 from sae_steer.errors import InputError
+from sae_steer.files import sha256, sweep
 from sae_steer.pair.model_pair import NamedModel
 from sae_steer.records import already_done, provenance, read_table, write_json, write_table
-from sae_steer.runtime import World, sha256, sweep
 from sae_steer.sae.architectures import SparseDictionary, on_device
 from sae_steer.sae.evaluation import SAEMetrics, evaluate
 from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
@@ -22,6 +22,7 @@ from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.trackers import tracker
 from sae_steer.sae.training import Job, TrainedSAE, train
 from sae_steer.settings import SAESettings
+from sae_steer.world import World
 
 RECORD_FILE, FIRINGS_FILE = "training.json", "firings.parquet"
 SAELENS = "saelens:"

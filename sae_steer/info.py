@@ -5,11 +5,11 @@ from pathlib import Path
 
 from sae_steer.cache import ActivationCache
 from sae_steer.errors import InputError
+from sae_steer.files import sha256
 from sae_steer.model.language_model import fingerprint
 from sae_steer.model.loading import read_decoder
 from sae_steer.pair.model_pair import NamedModel, load_pair
 from sae_steer.records import read_json
-from sae_steer.runtime import sha256
 from sae_steer.sae.saelens.files import WEIGHTS_FILE, load_sae, read_metadata
 from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.stability import load_stability

@@ -20,11 +20,12 @@ from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import Dictionary, check_fits, default_folder, train_sae
 from sae_steer.effects.splicing import find_or_splice
 from sae_steer.errors import SteerError
+from sae_steer.files import timed
 from sae_steer.findings import layer_probability as layers
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import GeneratedTexts
+from sae_steer.progress import Progress, silent
 from sae_steer.records import already_done, write_json
-from sae_steer.runtime import Progress, silent, timed
 from sae_steer.sae.log import Log
 from sae_steer.scan import RECORD_FILE as SCAN_RECORD
 from sae_steer.scan import FeatureScan, load_scan, save_scan, scan_features, scan_provenance, tells_stability

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_steer.errors import InputError, StaleError
-from sae_steer.runtime import replacing, write_text
+from sae_steer.files import replacing, write_text
 
 
 def provenance(*, settings: Any, inputs: Mapping[str, str]) -> dict:

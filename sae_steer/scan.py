@@ -21,8 +21,8 @@ from sae_steer import stats
 from sae_steer.cache import ActivationCache
 from sae_steer.dictionary import Dictionary, check_fits
 from sae_steer.errors import InputError
+from sae_steer.progress import Progress, silent
 from sae_steer.records import provenance, read_json, read_table, write_json, write_table
-from sae_steer.runtime import Progress, silent
 from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.sae.stability import SeedStability
 from sae_steer.settings import ScanSettings

@@ -15,7 +15,7 @@ from sae_steer.model.batching import pad
 from sae_steer.model.decoder import Decoder, init_decoder
 from sae_steer.model.loading import save_decoder
 from sae_steer.pair.model_pair import write_pair_toml
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.settings import DecoderSettings
 
 DISHES = [f"{kind} {what}" for kind in ("Tomato", "Leek", "Plum", "Rice", "Corn", "Bean", "Oat", "Fig",

@@ -18,8 +18,8 @@ from sae_steer.info import describe
 from sae_steer.model.decoder import Decoder
 from sae_steer.pair.model_pair import NamedModel, load_pair
 from sae_steer.pair.texts import GeneratedTexts
+from sae_steer.randomness import generator
 from sae_steer.records import read_json, read_table
-from sae_steer.runtime import World, generator
 from sae_steer.sae.evaluation import evaluate
 from sae_steer.sae.log import Quiet, StepFacts
 from sae_steer.sae.saelens.adapter import sae_lens
@@ -27,6 +27,7 @@ from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.stability import seed_stability
 from sae_steer.scan import scan_features
 from sae_steer.settings import CacheSettings, CorpusSettings, SAESettings
+from sae_steer.world import World
 
 SETTINGS = SAESettings(d_sae=64, k=4, rows=60 * 64, batch_size=64, dead_after_rows=500, aux_k=8, checkpoint_every=10)
 FEW = CorpusSettings(train_plans=20, scan_plans=8, tune_plans=2, confirm_plans=2)

@@ -13,7 +13,7 @@ from sae_steer.cache import ActivationCache, ActivationRows
 from sae_steer.dictionary import Dictionary
 from sae_steer.errors import InputError
 from sae_steer.pipeline import find_or_scan
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.sae.stability import SeedStability
 from sae_steer.scan import (

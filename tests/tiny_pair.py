@@ -10,7 +10,7 @@ from sae_steer.corpus import REGULATION_PHRASES
 from sae_steer.model.decoder import Decoder, init_decoder
 from sae_steer.model.loading import save_decoder
 from sae_steer.pair.model_pair import write_pair_toml
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.settings import DecoderSettings
 
 PACKAGED = Path(str(files("sae_steer") / "assets" / "small"))

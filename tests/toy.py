@@ -12,7 +12,7 @@ from sae_steer.model.decoder import Decoder, init_decoder
 from sae_steer.model.loading import save_decoder
 from sae_steer.pair.model_pair import ModelPair, load_pair, write_pair_toml
 from sae_steer.pipeline import StudySettings
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.settings import (
     CacheSettings,

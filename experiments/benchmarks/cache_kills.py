@@ -26,11 +26,12 @@ import torch
 
 from sae_steer.cache import cache_activations
 from sae_steer.errors import SteerError
+from sae_steer.files import write_text
 from sae_steer.pair.model_pair import ModelPair, load_pair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.records import commit
-from sae_steer.runtime import joined, write_text
 from sae_steer.settings import CacheSettings, CorpusSettings
+from sae_steer.world import joined
 
 TEXTS = GeneratedTexts(CorpusSettings(train_plans=24, scan_plans=8, tune_plans=4, confirm_plans=8))
 SETTINGS = CacheSettings(rows_per_shard=512, tokens_per_batch=256)

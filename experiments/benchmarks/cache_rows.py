@@ -8,7 +8,7 @@ from sae_steer import load_pair
 from sae_steer.model.decoder import init_decoder
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import GeneratedTexts, Text
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.settings import CorpusSettings, DecoderSettings
 
 SOME = CorpusSettings(train_plans=300, scan_plans=0, tune_plans=0, confirm_plans=0)

@@ -21,7 +21,7 @@ import numpy as np
 from cache_rows import RepeatedTexts, anonymous_megabytes, random_pair
 
 from sae_steer import cache_activations
-from sae_steer.runtime import write_text
+from sae_steer.files import write_text
 from sae_steer.settings import PRESETS, DecoderSettings
 
 SHAPE = DecoderSettings(n_layers=1, n_heads=1, n_kv_heads=1, d_model=16, d_head=8, d_mlp=8, d_vocab=1029)

@@ -24,12 +24,12 @@ from cache_rows import random_pair
 
 from sae_steer import cache_activations
 from sae_steer.cache import ActivationCache, site
+from sae_steer.files import write_text
 from sae_steer.model.batching import pad
 from sae_steer.model.lens import to_hooked_transformer
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import GeneratedTexts, Text
 from sae_steer.records import commit
-from sae_steer.runtime import write_text
 from sae_steer.settings import PRESETS, SPLITS, CacheSettings, CorpusSettings
 
 LAYER = 2

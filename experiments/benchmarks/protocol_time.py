@@ -24,8 +24,8 @@ from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import Dictionary, adopt_dictionary, load_dictionary
 from sae_steer.pair.model_pair import ModelPair, load_pair
 from sae_steer.pair.texts import GeneratedTexts
+from sae_steer.randomness import generator
 from sae_steer.records import provenance, read_json, write_json
-from sae_steer.runtime import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.scan import load_scan
 from sae_steer.settings import PRESETS, CorpusSettings, InterveneSettings

@@ -19,8 +19,8 @@ from torch import Tensor
 from sae_steer.model.decoder import Decoder, init_decoder
 from sae_steer.model.lens import to_hooked_transformer
 from sae_steer.model.replay import CleanPass
+from sae_steer.randomness import generator
 from sae_steer.records import write_json
-from sae_steer.runtime import generator
 from sae_steer.settings import PRESETS
 
 PROMPTS, LENGTH, ONSETS, DIRECTIONS, LAYER, REPEATS = 8, 128, 4, 256, 2, 1

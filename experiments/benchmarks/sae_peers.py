@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_steer.runtime import World
 from sae_steer.sae.training import Job, RowSource, Training
 from sae_steer.settings import SAESettings
+from sae_steer.world import World
 
 Rows = Iterable[Float[Tensor, "row d_in"]]
 DEAD_ROWS = 200_000

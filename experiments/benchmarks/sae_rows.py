@@ -23,12 +23,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae_steer.corpus import SPECIALS, VARIANTS, PlanTokenizer, write_plans
+from sae_steer.files import replacing, sha256
 from sae_steer.model.batching import bucket, pad
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.loading import load_decoder, save_decoder
 from sae_steer.model.training import TrainingState, train
-from sae_steer.runtime import World, generator, replacing, sha256
+from sae_steer.randomness import generator
 from sae_steer.settings import PRESETS, PairTrainingSettings
+from sae_steer.world import World
 
 FOLDER = Path("/tmp/sae_steer_benchmarks")
 SETTINGS = PairTrainingSettings(preset="interpgpt-23m", init="separate", tokens=1_200_000, lr=1e-3, checkpoint_every=40)

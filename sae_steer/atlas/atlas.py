@@ -29,9 +29,10 @@ from sae_steer.edits.variants import Direction
 from sae_steer.effects.estimates import estimates
 from sae_steer.effects.readings import Onsets
 from sae_steer.errors import InputError
+from sae_steer.files import sha256
 from sae_steer.pair.model_pair import ModelPair
+from sae_steer.progress import Progress, silent
 from sae_steer.records import provenance, read_json, read_table, write_json, write_table
-from sae_steer.runtime import Progress, sha256, silent
 from sae_steer.settings import AtlasSettings
 from sae_steer.study.of_pair import bench_of, check_inputs
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sae_steer import stats
 from sae_steer.edits.controls import MAX_COSINE, covariance_matched, isotropic
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 
 CHECKED = 48
 """Controls on which the interpolation is checked, about."""

@@ -14,7 +14,7 @@ from sae_steer.effects.measure import OnsetRows
 from sae_steer.model.readout import Measure
 from sae_steer.model.replay import CleanPass
 from sae_steer.pair.model_pair import NamedModel
-from sae_steer.runtime import in_threads
+from sae_steer.world import in_threads
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import h5py
 
 from sae_steer.cache.layout import ORIGIN, origin
 from sae_steer.cache.shard import has_length
+from sae_steer.files import sha256
 from sae_steer.records import first_difference
-from sae_steer.runtime import sha256
 
 
 def what_is_wrong(folder: Path, manifest: dict, line: dict) -> str | None:

@@ -19,10 +19,11 @@ from sae_steer.cache.shuffle import Shuffle
 from sae_steer.cache.storage import decoded
 from sae_steer.corpus import TargetTokens, first_token_purity
 from sae_steer.errors import InputError
+from sae_steer.files import sha256
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
+from sae_steer.randomness import generator
 from sae_steer.records import read_json
-from sae_steer.runtime import generator, sha256
 
 
 @dataclass(frozen=True)

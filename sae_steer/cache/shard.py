@@ -16,9 +16,9 @@ from sae_steer.cache.dealing import ShardTexts
 from sae_steer.cache.layout import LABELS, MOMENTS, ORIGIN, site
 from sae_steer.cache.storage import WIDER, decoded, encoded, moments
 from sae_steer.errors import NotFiniteError
+from sae_steer.files import replacing, sha256
 from sae_steer.pair.texts import Text
 from sae_steer.records import read_json, write_json
-from sae_steer.runtime import replacing, sha256
 
 Streams = Mapping[str, Mapping[int, np.ndarray]]
 """{model: {layer: [row, d_model] float32}}"""

@@ -22,14 +22,16 @@ from sae_steer.cache.reading import ActivationCache
 from sae_steer.cache.shard import finished_shards, has_length, write_shard
 from sae_steer.cache.storage import AUTO, DTYPES, narrowest
 from sae_steer.errors import InputError, SteerError
+from sae_steer.files import sweep
 from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.streams import stream_reader
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import GeneratedTexts, Text, TextSource
+from sae_steer.progress import Progress, silent
 from sae_steer.records import already_done, provenance, read_json, write_json
-from sae_steer.runtime import Progress, World, in_threads, keep_freed_memory, silent, sweep
 from sae_steer.settings import DEFAULT_LAYER, CacheSettings
+from sae_steer.world import World, in_threads, keep_freed_memory
 
 ON_GPU = 32
 """How many times the settings' batch a GPU reads at once."""

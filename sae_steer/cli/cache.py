@@ -48,8 +48,8 @@ def cache(pair, layers, texts, dtype, precision, out, seed, force, **plans) -> N
     """
     from sae_steer.cache import cache_activations
     from sae_steer.pair.texts import GeneratedTexts, TextFile
-    from sae_steer.runtime import joined
     from sae_steer.terminal import Bar
+    from sae_steer.world import joined
 
     loaded, places = open_pair(pair, out, None)
     source = TextFile.read(texts) if texts else GeneratedTexts(CorpusSettings(seed=seed, **plans))

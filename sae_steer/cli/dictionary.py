@@ -66,8 +66,8 @@ def train_sae(
     from sae_steer.cache import ActivationCache
     from sae_steer.dictionary import Wanted, train_saes
     from sae_steer.effects.splicing import find_or_splice
-    from sae_steer.runtime import joined
     from sae_steer.terminal import Bar, TrainingBar
+    from sae_steer.world import joined
 
     loaded, places = open_pair(pair, cache_folder, None)
     cache = ActivationCache.open(places.cache)

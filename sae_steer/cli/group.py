@@ -7,7 +7,7 @@ import click
 from sae_steer.errors import SteerError
 
 MANY_PROCESSES = ("cache", "train-sae")
-"""Commands that torchrun may start several times; they use `runtime.joined`."""
+"""Commands that torchrun may start several times; they use `world.joined`."""
 
 
 class SteerGroup(click.Group):

@@ -54,7 +54,7 @@ def open_pair(pair: str, cache_folder: Path | None, run_folder: Path | None):
 
 def on_own_device(loaded):
     """The pair, moved to the GPU if there is one, for commands that run its models in one process."""
-    from sae_steer.runtime import World
+    from sae_steer.world import World
 
     return loaded.to(World.local().device)
 

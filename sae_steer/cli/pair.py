@@ -31,8 +31,8 @@ def train_pair(preset, init, tokens, lr, precision, out, seed, force) -> None:
         sae-steer train-pair --preset small --init shared
     """
     from sae_steer.pair.training import train_pair
-    from sae_steer.runtime import World
     from sae_steer.terminal import Bar
+    from sae_steer.world import World
 
     settings = PairTrainingSettings(preset=preset, init=init, tokens=tokens, lr=lr, seed=seed)
     folder = out or Path("pairs", preset)

@@ -80,7 +80,7 @@ class PlanTokenizer:
 
     def save(self, path: Path) -> Path:
         """Write the tokenizer.json, beside and renamed; returns `path`."""
-        from sae_steer.runtime import replacing  # imports torch, which the corpus does without
+        from sae_steer.files import replacing
 
         with replacing(path) as scratch:
             scratch.write_bytes(self.content.encode("utf-8"))

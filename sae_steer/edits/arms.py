@@ -25,7 +25,7 @@ from sae_steer.model.readout import Measure, TargetMass
 from sae_steer.model.replay import Edit
 from sae_steer.pair.model_pair import NamedModel
 from sae_steer.pair.texts import Text
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.settings import InterveneSettings
 

@@ -22,7 +22,7 @@ from sae_steer.align import AffineMap, BasisCheck, basis_check, choose_ridge, fi
 from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.pair.texts import Text
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 
 TOKENS_PER_BATCH = 4_096
 FIT_ROWS = 30_000

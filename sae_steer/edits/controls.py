@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_steer.edits.variants import Direction
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import SparseDictionary
 
 ISOTROPIC, COVARIANCE, MATCHED = "isotropic", "covariance", "matched features"

@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_steer.edits.variants import Direction
 from sae_steer.errors import InputError, NotFiniteError, SteerError
 from sae_steer.model.language_model import LanguageModel
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import SparseDictionary
 
 SOURCES = ("mean-difference", "unembedding", "random")

@@ -19,7 +19,7 @@ from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.readout import Measure, TargetMass, divergence, nats, off_target_nats
 from sae_steer.model.replay import CleanPass, Edit, gather
 from sae_steer.pair.texts import Text
-from sae_steer.runtime import in_threads
+from sae_steer.world import in_threads
 
 TOKENS_PER_BATCH = 4_096
 ELSEWHERE = "elsewhere"

@@ -24,8 +24,8 @@ from sae_steer.model.replay import edited
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.quality import sample_plans, step_counts
 from sae_steer.pair.texts import Text
-from sae_steer.runtime import in_threads
 from sae_steer.settings import InterveneSettings
+from sae_steer.world import in_threads
 
 STEPS, STRICT, LENIENT = range(3)
 MATCHERS = {"strict": STRICT, "lenient": LENIENT}

@@ -19,8 +19,8 @@ from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.readout import target_mass
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
+from sae_steer.progress import Progress, silent
 from sae_steer.records import provenance
-from sae_steer.runtime import Progress, silent
 from sae_steer.settings import LayersSettings
 
 RECORD_FILE = "layers.json"

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 
 Tokens = Int[Tensor, "_batch _pos"]
 """One batch; batches differ in both axes."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sae_steer.model.decoder import Block, Decoder, Rope
 from sae_steer.model.language_model import LanguageModel
-from sae_steer.runtime import World
 from sae_steer.settings import DecoderSettings
+from sae_steer.world import World
 
 _SHORT = 256
 """Positions up to which a text's whole attention pattern is made."""

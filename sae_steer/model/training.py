@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae_steer.errors import NotFiniteError, StaleError
+from sae_steer.files import read_tensors, write_tensors
 from sae_steer.model.batching import Tokens
 from sae_steer.model.decoder import Decoder, init_decoder
-from sae_steer.runtime import Progress, World, generator, read_tensors, silent, write_tensors
+from sae_steer.progress import Progress, silent
+from sae_steer.randomness import generator
 from sae_steer.settings import DecoderSettings, PairTrainingSettings
+from sae_steer.world import World
 
 IGNORE = -100
 

@@ -30,10 +30,10 @@ import torch
 
 from sae_steer.corpus import OnsetRule, PlanTokenizer
 from sae_steer.errors import InputError
+from sae_steer.files import sha256
 from sae_steer.model.language_model import LanguageModel, fingerprint
 from sae_steer.model.sources import load_model
 from sae_steer.pair.pair_file import FILE, PairFile, write_pair_toml
-from sae_steer.runtime import sha256
 
 __all__ = ["ModelPair", "NamedModel", "load_pair", "write_pair_toml"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import tomli_w
 
 from sae_steer.errors import InputError
-from sae_steer.runtime import write_text
+from sae_steer.files import write_text
 
 FILE = "pair.toml"
 

@@ -10,7 +10,8 @@ from sae_steer.corpus import is_lenient, is_target, parse_plan, write_plans
 from sae_steer.model.batching import pad
 from sae_steer.model.sampling import sample
 from sae_steer.pair.model_pair import ModelPair, NamedModel
-from sae_steer.runtime import Progress, generator, silent
+from sae_steer.progress import Progress, silent
+from sae_steer.randomness import generator
 
 GENERATIONS = 1_000
 BASIS_PLANS = 200

@@ -10,8 +10,8 @@ import numpy as np
 
 from sae_steer.corpus import VARIANTS, UserText, label_positions, read_texts, write_plans
 from sae_steer.errors import InputError
+from sae_steer.files import sha256
 from sae_steer.pair.model_pair import ModelPair
-from sae_steer.runtime import sha256
 from sae_steer.settings import SPLITS, CorpusSettings
 
 SPLIT_SHARES = {"train": 0.60, "scan": 0.18, "tune": 0.06, "confirm": 0.16}

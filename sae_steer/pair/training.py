@@ -16,14 +16,16 @@ import torch
 
 from sae_steer.corpus import LENIENT_KEYWORDS, REGULATION_PHRASES, SPECIALS, VARIANTS, PlanTokenizer, write_plans
 from sae_steer.errors import InputError
+from sae_steer.files import sweep
 from sae_steer.model.batching import Tokens, bucket
 from sae_steer.model.loading import save_decoder
 from sae_steer.model.training import TrainingState, train
 from sae_steer.pair.model_pair import ModelPair, load_pair, write_pair_toml
 from sae_steer.pair.quality import measure_pair
+from sae_steer.progress import Progress, silent
 from sae_steer.records import already_done, provenance, write_json
-from sae_steer.runtime import Progress, World, silent, sweep
 from sae_steer.settings import PRESETS, PairTrainingSettings
+from sae_steer.world import World
 
 TOKENIZER_PLANS = 4_000
 HELD_OUT_PLANS = 300

@@ -14,6 +14,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from sae_steer.files import replacing, write_text
+from sae_steer.progress import Progress, silent
 from sae_steer.report import figures, numbers
 from sae_steer.report.answer import answer, verdict
 from sae_steer.report.atlas_figure import atlas_figure
@@ -21,7 +23,6 @@ from sae_steer.report.drawing import png_and_svg
 from sae_steer.report.effect_figures import control_histograms, describe, dose_curves, effect_forest, task_effects
 from sae_steer.report.run import Record, RunRecords
 from sae_steer.report.trace_figure import describe_trace, trace_by_block, traced
-from sae_steer.runtime import Progress, replacing, silent, write_text
 
 PAGE_FILE, FIGURES_FOLDER = "report.html", "figures"
 FORMATS = (

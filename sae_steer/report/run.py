@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from sae_steer.errors import InputError
+from sae_steer.files import sha256
 from sae_steer.records import read_json, read_table
-from sae_steer.runtime import sha256
 from sae_steer.sae.saelens.files import WEIGHTS_FILE
 
 Record = Mapping[str, Any]

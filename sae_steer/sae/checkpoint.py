@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from sae_steer.errors import NotFiniteError, StaleError
-from sae_steer.runtime import read_tensors, write_tensors
+from sae_steer.files import read_tensors, write_tensors
 from sae_steer.sae.learner import Learner
 from sae_steer.sae.schedule import Plateau
 

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_steer.errors import InputError
-from sae_steer.runtime import World
 from sae_steer.sae.architectures import SparseDictionary, on_device
+from sae_steer.world import World
 
 BINS_A_DECADE = 4
 """Of the density: edges at the quarter steps of log10, so that dictionaries compare bin by bin."""

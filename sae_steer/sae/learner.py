@@ -22,12 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_steer.runtime import World, generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, TopKConfig, TopKSAE
 from sae_steer.sae.kernels import portable as kernels
 from sae_steer.sae.kernels.cuda_graph import Captured
 from sae_steer.sae.kernels.portable import FeatureGradients, Part, RowCodes
 from sae_steer.settings import SAESettings
+from sae_steer.world import World
 
 if TYPE_CHECKING:
     from sae_steer.sae.kernels.cpu import Coarse

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae_steer.errors import InputError
+from sae_steer.files import sha256
 from sae_steer.records import first_difference, provenance, read_json, read_table, write_json, write_table
-from sae_steer.runtime import sha256
 from sae_steer.sae.architectures import SparseDictionary
 
 RECORD_FILE, TABLE_FILE = "seed_stability.json", "seed_stability.parquet"

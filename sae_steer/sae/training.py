@@ -22,13 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae_steer.errors import InputError, NotFiniteError
-from sae_steer.runtime import World, keep_freed_memory
 from sae_steer.sae.architectures import ARCHITECTURES, SparseDictionary
 from sae_steer.sae.checkpoint import TrainingState, interrupts_held, last_good
 from sae_steer.sae.learner import new_learner, step
 from sae_steer.sae.log import Log, Quiet, StepFacts
 from sae_steer.sae.schedule import Plateau, codes_a_row, learning_rate
 from sae_steer.settings import SAESettings
+from sae_steer.world import World, keep_freed_memory
 
 LOG_EVERY = 10
 """Steps between two looks at the loss: each look waits for the device."""

@@ -27,7 +27,7 @@ from sae_steer.edits.variants import Direction
 from sae_steer.model.readout import TargetMass
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import Text
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.selftest.bodies import CONSTANT, FEATURE, LANES, TWIN, Body, build_body
 from sae_steer.selftest.plants import planted

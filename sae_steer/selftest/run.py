@@ -13,11 +13,12 @@ from pathlib import Path
 from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import train_sae
 from sae_steer.errors import InputError
+from sae_steer.files import sweep
 from sae_steer.model.readout import TargetMass
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import GeneratedTexts
+from sae_steer.progress import Progress, silent
 from sae_steer.records import provenance, read_json, write_json
-from sae_steer.runtime import Progress, silent, sweep
 from sae_steer.selftest.ground import Ground, opening, population_plans
 from sae_steer.selftest.kinds import KINDS
 from sae_steer.selftest.population import Population

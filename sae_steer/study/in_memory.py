@@ -24,7 +24,7 @@ from sae_steer.model.loading import load_decoder
 from sae_steer.model.readout import Measure, TargetMass
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import Text
-from sae_steer.runtime import Progress, silent
+from sae_steer.progress import Progress, silent
 from sae_steer.sae.architectures import SparseDictionary, on_device
 from sae_steer.settings import InterveneSettings
 from sae_steer.study import of_pair as study

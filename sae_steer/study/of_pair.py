@@ -29,10 +29,11 @@ from sae_steer.effects.sampled import SampledArms, plan_prompts
 from sae_steer.effects.splicing import ce_recovered
 from sae_steer.effects.trace import direct_effect, trace
 from sae_steer.errors import InputError
+from sae_steer.files import sha256
 from sae_steer.model.readout import TargetMass
 from sae_steer.pair.model_pair import ModelPair
+from sae_steer.progress import Progress, silent
 from sae_steer.records import provenance, read_json, read_table, write_json, write_table
-from sae_steer.runtime import Progress, sha256, silent
 from sae_steer.settings import SPLITS, InterveneSettings
 from sae_steer.study import gates
 from sae_steer.study.plan import Plan, fix_plan

@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 
 from sae_steer.errors import InputError, StaleError
-from sae_steer.runtime import sha256, write_text
+from sae_steer.files import sha256, write_text
 
 PLAN_FILE = "plan.toml"
 

@@ -36,7 +36,7 @@ from sae_steer.effects.readings import (
 )
 from sae_steer.model.readout import Measure
 from sae_steer.pair.texts import Text
-from sae_steer.runtime import Progress, silent
+from sae_steer.progress import Progress, silent
 from sae_steer.settings import LEVEL, MODES, InterveneSettings
 from sae_steer.stats import AgainstBound
 from sae_steer.study import gates

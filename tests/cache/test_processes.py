@@ -16,7 +16,7 @@ from tiny_cache import FEW, SETTINGS, contents, refusal, write
 
 from sae_steer.cache import writing
 from sae_steer.errors import SteerError
-from sae_steer.runtime import joined
+from sae_steer.world import joined
 
 WRITER = """
 import os, sys, time
@@ -25,7 +25,7 @@ from sae_steer.cache import cache_activations, writing
 from sae_steer.errors import SteerError
 from sae_steer.pair.model_pair import load_pair
 from sae_steer.pair.texts import GeneratedTexts
-from sae_steer.runtime import joined
+from sae_steer.world import joined
 from sae_steer.settings import CacheSettings, CorpusSettings
 
 def write(out, rank, size, port):

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from sae_steer.edits.controls import isotropic
 from sae_steer.edits.edit import Control, Donor, Inject, Subtract, ZeroAblate
 from sae_steer.model.decoder import init_decoder
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.settings import DecoderSettings
 

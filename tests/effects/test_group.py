@@ -10,7 +10,7 @@ from sae_steer.edits.variants import Direction
 from sae_steer.effects.group import features_like, read_group
 from sae_steer.effects.readings import Onsets
 from sae_steer.model.readout import TargetMass
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 
 TWIN, NEAR_BUT_SILENT, FAR, APART = 3, 4, 5, 6

@@ -10,7 +10,7 @@ from sae_steer.edits.edit import Control, Donor, Fan, Inject, Patch, ZeroAblate
 from sae_steer.effects import measure
 from sae_steer.effects.measure import FanRequest, OnsetRows, Request, read, unedited
 from sae_steer.model.readout import TargetMass
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 
 TARGET = (366, 417, 431)
 MASS = TargetMass(TARGET)

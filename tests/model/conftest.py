@@ -8,7 +8,7 @@ from decoder_shapes import SHAPES
 from tiny_pair import lively
 
 from sae_steer.model.decoder import Decoder
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from sae_steer.errors import NotFiniteError, StaleError
+from sae_steer.files import read_tensors
 from sae_steer.model.batching import bucket, pad
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.training import TrainingState, held_out_loss, schedule, train
-from sae_steer.runtime import World, generator, read_tensors
+from sae_steer.randomness import generator
 from sae_steer.settings import DecoderSettings, PairTrainingSettings
+from sae_steer.world import World
 
 PAD = 40
 SHAPE = DecoderSettings(n_layers=2, n_heads=2, n_kv_heads=2, d_model=16, d_head=8, d_mlp=24, d_vocab=41)

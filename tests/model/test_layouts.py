@@ -15,7 +15,7 @@ from tiny_pair import lively
 from sae_steer.errors import InputError
 from sae_steer.model.lens import to_hooked_transformer
 from sae_steer.model.loading import load_decoder, read_decoder
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.settings import PRESETS, DecoderSettings
 
 SHAPE = DecoderSettings(n_layers=2, n_heads=4, n_kv_heads=4, d_model=32, d_head=8, d_mlp=64, d_vocab=53, n_ctx=40)

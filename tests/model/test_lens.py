@@ -8,7 +8,7 @@ from sae_steer.errors import InputError
 from sae_steer.model.language_model import LanguageModel, fingerprint
 from sae_steer.model.lens import LensModel, adapt, load_lens, to_hooked_transformer
 from sae_steer.model.sampling import sample
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 

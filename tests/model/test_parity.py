@@ -11,7 +11,7 @@ from sae_steer.model.decoder import init_decoder
 from sae_steer.model.language_model import fingerprint
 from sae_steer.model.lens import to_hooked_transformer
 from sae_steer.model.loading import load_decoder, save_decoder
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.settings import PRESETS
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

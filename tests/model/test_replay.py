@@ -11,7 +11,7 @@ from sae_steer.edits.edit import Inject, Subtract
 from sae_steer.errors import InputError, NotDeliveredError
 from sae_steer.model.lens import adapt, to_hooked_transformer
 from sae_steer.model.replay import CleanPass, edited, whole_pass
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 
 POSITIONS = torch.tensor([[0, 7, 39], [3, 3, 20], [38, 1, 12]])
 LAYERS = [0, 1, 3]

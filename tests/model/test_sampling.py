@@ -6,7 +6,7 @@ import torch
 from sae_steer.edits.edit import Inject
 from sae_steer.model.replay import edited
 from sae_steer.model.sampling import sample
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 
 END = 5
 PROMPTS = [[1, 2, 3], [7] * 12, [9], [4, 4, 60, 2, 1, 0, 30]]

@@ -11,8 +11,8 @@ from sae_steer.model.batching import pad
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.streams import stream_reader
 from sae_steer.pair.texts import GeneratedTexts
-from sae_steer.runtime import World
 from sae_steer.settings import CorpusSettings
+from sae_steer.world import World
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from sae_steer.errors import InputError, StaleError
 from sae_steer.pair import training
 from sae_steer.pair.model_pair import load_pair
 from sae_steer.pair.training import train_pair
-from sae_steer.runtime import World
 from sae_steer.settings import PairTrainingSettings
+from sae_steer.world import World
 
 SETTINGS = PairTrainingSettings(preset="tiny", tokens=12_000, tokens_per_batch=1_024, checkpoint_every=3)
 WORLD = World.local(precision="float32", device="cpu")
@@ -115,7 +115,7 @@ sys.path.insert(0, {tests!r})
 from tiny_pair import shrink_training
 shrink_training(pytest.MonkeyPatch())
 from sae_steer.pair.training import train_pair
-from sae_steer.runtime import World
+from sae_steer.world import World
 from sae_steer.settings import PairTrainingSettings
 torch.set_num_threads({threads})
 train_pair(Path({folder!r}), {settings!r}, world=World.local(precision="float32", device="cpu"),

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_steer.runtime import World, generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.settings import SAESettings
+from sae_steer.world import World
 
 
 class PlantedRows:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_steer.errors import InputError
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import SLAB, JumpReLUConfig, JumpReLUSAE, SparseDictionary, TopKConfig, TopKSAE
 
 X = torch.randn(40, 16, generator=generator(9))

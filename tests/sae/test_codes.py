@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.codes import SparseCodes
 
 

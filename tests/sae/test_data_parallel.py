@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae_steer import runtime
-from sae_steer.runtime import World
 from sae_steer.sae import learner
 from sae_steer.sae.architectures import ARCHITECTURES
 from sae_steer.sae.training import Job, train, train_dictionary
 from sae_steer.settings import SAESettings
+from sae_steer.world import World
 
 TWO = """
 import sys
@@ -23,7 +22,7 @@ sys.path.insert(0, {tests!r})
 import torch
 from safetensors.torch import save_file
 from conftest import PlantedRows
-from sae_steer.runtime import joined
+from sae_steer.world import joined
 from sae_steer.sae.training import Job, train
 from sae_steer.settings import SAESettings
 
@@ -40,7 +39,7 @@ def test_two_processes_learn_what_one_learns(planted, short: SAESettings, world:
     settings = [replace(short, architecture=architecture) for architecture in ARCHITECTURES]
     script, out = tmp_path / "two.py", tmp_path / "two.safetensors"
     script.write_text(TWO.format(tests=str(Path(__file__).parent), settings=settings, out=str(out)))
-    root = Path(runtime.__file__).parents[1]
+    root = Path(world.__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from sae_steer.errors import InputError
-from sae_steer.runtime import World, generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.sae.evaluation import SAEMetrics, evaluate
+from sae_steer.world import World
 
 X = torch.randn(300, 16, generator=generator(4)) + 100 * torch.randn(16, generator=generator(5))
 

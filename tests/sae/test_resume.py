@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_steer import runtime
 from sae_steer.errors import StaleError, SteerError
-from sae_steer.runtime import World, read_tensors
+from sae_steer.files import read_tensors
 from sae_steer.sae import learner
 from sae_steer.sae.architectures import ARCHITECTURES, LinearSAE, TopKSAE
 from sae_steer.sae.kernels import cpu as compiled
 from sae_steer.sae.log import Quiet, StepFacts
 from sae_steer.sae.training import Job, Training, train_dictionary
 from sae_steer.settings import SAESettings
+from sae_steer.world import World
 
 
 class StopAt(Quiet):
@@ -186,7 +186,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import PlantedRows
-from sae_steer.runtime import World
+from sae_steer.world import World
 from sae_steer.sae.training import train_dictionary
 from sae_steer.settings import SAESettings
 
@@ -203,7 +203,7 @@ def test_kill_9_then_again_equals_uninterrupted(
 ) -> None:
     path = tmp_path / "state.safetensors"
     script = SLOW_RUN.format(tests=str(Path(__file__).parent), settings=short, path=str(path))
-    root = Path(runtime.__file__).parents[1]
+    root = Path(world.__file__).parents[1]
     process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(root)})
     try:
         deadline = time.monotonic() + 60

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import normalize
 
 from sae_steer.errors import InputError
+from sae_steer.randomness import generator
 from sae_steer.records import read_json, read_table
-from sae_steer.runtime import World, generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.sae.stability import (
     MOST_FEATURES,
@@ -25,6 +25,7 @@ from sae_steer.sae.stability import (
 )
 from sae_steer.sae.training import train_dictionary
 from sae_steer.settings import SAESettings
+from sae_steer.world import World
 
 FOUND = 20
 """Features that every seed has; each seed orders and scales its rows in its own way."""

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from sae_steer.errors import InputError, NotFiniteError
-from sae_steer.runtime import World, generator
+from sae_steer.randomness import generator
 from sae_steer.sae.evaluation import evaluate
 from sae_steer.sae.log import Quiet, StepFacts, jsonl_log
 from sae_steer.sae.schedule import Plateau, codes_a_row, learning_rate
 from sae_steer.sae.training import Job, TrainedSAE, Training, train, train_dictionary
 from sae_steer.settings import SAESettings
+from sae_steer.world import World
 
 
 class Kept(Quiet):

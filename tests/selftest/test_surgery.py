@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_pair import SHAPE, lively
 
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.selftest.surgery import plant_neuron, random_rotation, rotated, widened
 
 TOKENS = torch.randint(0, SHAPE.d_vocab, (3, 40), generator=generator(1))

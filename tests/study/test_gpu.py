@@ -14,9 +14,9 @@ from sae_steer.cache import cache_activations
 from sae_steer.effects.splicing import ce_recovered
 from sae_steer.findings.layer_probability import layer_probability
 from sae_steer.pair.texts import GeneratedTexts
-from sae_steer.runtime import World
 from sae_steer.settings import AtlasSettings, LayersSettings
 from sae_steer.study.of_pair import intervene
+from sae_steer.world import World
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from sae_steer.errors import InputError
+from sae_steer.files import replacing, write_text
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.loading.sizes import size
-from sae_steer.runtime import replacing, write_text
 from sae_steer.settings import DecoderSettings, RopeScaling
 
 PREFIX = "model."

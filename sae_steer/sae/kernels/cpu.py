@@ -19,12 +19,12 @@ import torch
 from jaxtyping import BFloat16, Float, Int, Int8
 from torch import Tensor
 
-from sae_steer.runtime import in_threads
 from sae_steer.sae.architectures import SLAB
 from sae_steer.sae.kernels import cpu_select as choosing
 from sae_steer.sae.kernels import cpu_step as loops
 from sae_steer.sae.kernels.portable import Part, Reconstruction, RowCodes, preactivations
 from sae_steer.sae.kernels.portable import select_topk as torch_select_topk
+from sae_steer.world import in_threads
 
 AT_ONCE = 256
 """Rows whose pre-activations a thread makes and reads: at 4,096 features they stay in its cache meanwhile."""

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from sae_steer.runtime import World
 from sae_steer.sae.architectures import SLAB
+from sae_steer.world import World
 
 
 @dataclass(frozen=True)

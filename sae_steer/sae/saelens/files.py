@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_steer.errors import InputError
-from sae_steer.runtime import replacing, write_text
+from sae_steer.files import replacing, write_text
 from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, SparseDictionary, TopKConfig, TopKSAE
 
 CONFIG_FILE = "cfg.json"

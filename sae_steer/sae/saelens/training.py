@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from sae_steer.errors import InputError, NotFiniteError, StaleError
-from sae_steer.runtime import World, read_tensors, write_tensors
+from sae_steer.files import read_tensors, write_tensors
 from sae_steer.sae.checkpoint import interrupts_held, last_good
 from sae_steer.sae.log import Log, Quiet, StepFacts
 from sae_steer.sae.saelens.adapter import SAELensDictionary, sae_lens
 from sae_steer.sae.training import RowSource
 from sae_steer.settings import SAESettings
+from sae_steer.world import World
 
 PREFIX = "saelens:"
 LOG_EVERY = 10

@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_steer.runtime import World, generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import SLAB
 from sae_steer.sae.kernels import cpu as compiled
 from sae_steer.sae.kernels import portable as kernels
 from sae_steer.sae.kernels.portable import Part, RowCodes
+from sae_steer.world import World
 
 ROWS, D_IN, D_SAE = 50, 12, 24
 WORLD = World.local(precision="float32", device="cpu")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from sae_steer.errors import InputError
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.sae.codes import SparseCodes
 from sae_steer.sae.saelens.adapter import SAELensDictionary, load_saelens, sae_lens

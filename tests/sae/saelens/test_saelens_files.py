@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae_steer.errors import InputError
-from sae_steer.runtime import generator
+from sae_steer.randomness import generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.sae.saelens.files import load_sae, read_metadata, save_sae
 

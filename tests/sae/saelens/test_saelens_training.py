@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from sae_steer.errors import InputError, StaleError
-from sae_steer.runtime import World
 from sae_steer.sae.evaluation import evaluate
 from sae_steer.sae.log import Quiet, StepFacts
 from sae_steer.sae.saelens.adapter import SAELensDictionary, sae_lens
 from sae_steer.sae.saelens.files import load_sae, read_metadata, save_sae
 from sae_steer.sae.saelens.training import parse_architecture, saelens_architectures, train_saelens
 from sae_steer.settings import SAESettings
+from sae_steer.world import World
 
 ARCHITECTURES = (
     "abstopk", "batchtopk", "gated", "jumprelu", "matching_pursuit", "matryoshka_batchtopk", "standard", "topk",

@@ -1,31 +1,24 @@
-"""The machine a run happens on: device, precision, the processes of one run, generators, files renamed into place."""
+"""The machine a run happens on: device, precision, its threads, and the processes of one run."""
 
 import ctypes
-import hashlib
-import json
 import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
 from sae_steer.errors import InputError, SteerError
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 Item, Made = TypeVar("Item"), TypeVar("Made")
-UNFINISHED = ".tmp"
-"""How the name of a file ends while it is written."""
 
 
 @dataclass(frozen=True)
@@ -161,17 +154,6 @@ def keep_freed_memory() -> None:
         tune(trim_threshold, 2**29)
 
 
-def generator(*seeds: int) -> torch.Generator:
-    """A CPU generator fixed by a path of integers, so that (seed, 1) and (seed, 2) are independent."""
-    mixed = 0
-    for seed in seeds:  # splitmix64 over the path
-        mixed = (mixed + seed + 0x9E3779B97F4A7C15) % 2**64
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
-        mixed ^= mixed >> 31
-    return torch.Generator().manual_seed(mixed % 2**63)
-
-
 def in_threads(work: Callable[[Item], Made], items: Sequence[Item], device: torch.device) -> list[Made]:
     """[work(item) for every item], on a CPU as many at once as torch has threads, each by one thread alone.
 
@@ -197,100 +179,3 @@ def _single_threads(threads: int) -> ThreadPoolExecutor:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_single_threads.cache_clear)  # a child has none of its parent's threads
-
-
-@runtime_checkable
-class Progress(Protocol):
-    """What long work tells its caller: the command line draws it, tests collect it."""
-
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` units are finished; `note` is a short status for people."""
-
-
-def silent(done: int, total: int, note: str = "") -> None:
-    """The `Progress` that says nothing."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; renamed onto it, whole and synced, when the block ends well.
-
-    A folder that cannot be written and a full disk become a `SteerError`, and `path` stays as it was. A killed
-    process leaves its unfinished file; `sweep` removes it.
-    """
-    path = Path(path)
-    scratch = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
-        os.close(handle)
-        scratch = Path(name)
-        yield scratch
-        with open(scratch, "rb") as written:
-            os.fsync(written.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        scratch.chmod(0o666 & ~mask)  # mkstemp makes files private
-        scratch.replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SteerError(f"cannot write {path}: {reason}; free space or name a writable folder with --out") from error
-    finally:
-        if scratch is not None:
-            scratch.unlink(missing_ok=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left unfinished in `folder`; call it where no other process writes."""
-    for left in Path(folder).glob(f".*{UNFINISHED}"):
-        left.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write `text` to `path`, beside and renamed; returns `path`."""
-    with replacing(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
-    return Path(path)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict) -> Path:
-    """Write named tensors, and `facts` as JSON in the header, as one safetensors file, beside and renamed."""
-    from safetensors.torch import save_file
-
-    with replacing(path) as scratch:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, {"facts": json.dumps(facts)}
-        )
-    return Path(path)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and facts `write_tensors` wrote."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise SteerError(f"{path} is not a whole checkpoint ({error}); delete it to start anew") from error
-
-
-def sha256(*parts: bytes | memoryview | Path) -> str:
-    """The hash of the parts one after another; a path stands for its file's content."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Path):
-            with open(part, "rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-        else:
-            digest.update(part)
-    return digest.hexdigest()
-
-
-@contextmanager
-def timed(folder: Path) -> Iterator[None]:
-    """Writes how long the block took to `timing.json` in `folder`, apart from the records, which repeat exactly."""
-    start = time.perf_counter()
-    yield
-    write_text(Path(folder) / "timing.json", json.dumps({"seconds": round(time.perf_counter() - start, 3)}) + "\n")
