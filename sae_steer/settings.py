@@ -56,6 +56,8 @@ class PairTrainingSettings:
     preset: str = "small"
     init: str = "shared"
     """`shared`: both continue one model trained on an equal mix for the first third; `separate`: two seeds."""
+    twin: bool = False
+    """Whether to train a twin of the target too: the same text in another order and, with `separate`, another start."""
     tokens: int = 6_000_000
     """Tokens each model is trained on, its share of a common start included."""
     tokens_per_batch: int = 4096

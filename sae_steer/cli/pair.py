@@ -17,13 +17,14 @@ from sae_steer.settings import PRESETS, PairTrainingSettings
     "--init", type=click.Choice(["shared", "separate"]), default=PairTrainingSettings.init,
     help="shared: both continue one model trained on an equal mix; separate: two random starts.",
 )  # fmt: skip
+@click.option("--twin", is_flag=True, help="Also train a twin of the target: the same text in another order.")
 @click.option("--tokens", default=PairTrainingSettings.tokens, type=COUNT, help="Training tokens a model.")
 @click.option("--lr", default=PairTrainingSettings.lr, help="Peak learning rate.")
 @click.option("--precision", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Of matrix products.")
 @click.option("--out", type=click.Path(path_type=Path), help="The pair's folder.  [default: pairs/PRESET]")
 @seed_option
 @force_option
-def train_pair(preset, init, tokens, lr, precision, out, seed, force) -> None:
+def train_pair(preset, init, twin, tokens, lr, precision, out, seed, force) -> None:
     """Train two models that differ in their training text alone; resumes after a kill.
 
     \b
@@ -34,7 +35,7 @@ def train_pair(preset, init, tokens, lr, precision, out, seed, force) -> None:
     from sae_steer.terminal import Bar
     from sae_steer.world import World
 
-    settings = PairTrainingSettings(preset=preset, init=init, tokens=tokens, lr=lr, seed=seed)
+    settings = PairTrainingSettings(preset=preset, init=init, twin=twin, tokens=tokens, lr=lr, seed=seed)
     folder = out or Path("pairs", preset)
     train_pair(folder, settings, world=World.local(precision=precision), force=force, on_step=Bar("train-pair"))
     click.echo(folder)

@@ -4,7 +4,8 @@
 2. `shared`: one model reads an equal mix for the first third of the tokens; both models continue from
    its checkpoint, optimiser and all. `separate`: two random starts, nothing in common.
 3. Each model reads its own rendering for the rest. The same plans stand behind both.
-4. The models are stored in bfloat16, read back and measured: losses, sampled plans, common basis.
+4. A twin of the target, if asked for, reads the target's text in another order; apart, from a start of its own.
+5. The models are stored in bfloat16, read back and measured: losses, sampled plans, common basis.
 """
 
 import itertools
@@ -23,6 +24,7 @@ from sae_steer.model.training import TrainingState, train
 from sae_steer.pair.model_pair import ModelPair, load_pair, write_pair_toml
 from sae_steer.pair.quality import measure_pair
 from sae_steer.progress import Progress, silent
+from sae_steer.randomness import generator
 from sae_steer.records import already_done, provenance, write_json
 from sae_steer.settings import PRESETS, PairTrainingSettings
 from sae_steer.world import World
@@ -31,6 +33,27 @@ TOKENIZER_PLANS = 4_000
 HELD_OUT_PLANS = 300
 TOKENIZER_SEED, COMMON_SEED, OWN_SEED, HELD_OUT_SEED = 11, 12, 13, 14
 COMMON_SHARE = 1 / 3
+TWIN_ORDER = 15
+"""Added to the seed that orders a twin's text."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """One model of a pair, by how its training differs from the others'."""
+
+    name: str
+    variant: str
+    """Whose text it reads."""
+    start: int
+    """Its random start, where there is no common one."""
+    order: int = 0
+    """Added to the seed that orders its text."""
+
+
+def _roles(settings: PairTrainingSettings) -> tuple[Role, ...]:
+    reference, target = VARIANTS
+    pair = (Role(reference, reference, start=1), Role(target, target, start=2))
+    return (*pair, Role(f"{target}-twin", target, start=3, order=TWIN_ORDER)) if settings.twin else pair
 
 
 @dataclass(frozen=True)
@@ -106,13 +129,14 @@ def _train_models(
     shape, shared = PRESETS[settings.preset], settings.init == "shared"
     common = _common_batches(settings, tokenizer) if shared else ()
     logs: dict[str, list[dict]] = {}
-    for number, variant in enumerate(VARIANTS):
-        curriculum = Curriculum(common, _own_batches(settings, tokenizer, variant))
-        held_out = _held_out_batches(settings, tokenizer, variant)
-        state = TrainingState.fresh(shape, settings, stream=0 if shared else 1 + number, world=world)
+    whole = {key: value for key, value in identity.items() if key != "twin"}  # a twin changes no other model's run
+    for role in _roles(settings):
+        curriculum = Curriculum(common, _own_batches(settings, tokenizer, role))
+        held_out = _held_out_batches(settings, tokenizer, role.variant)
+        state = TrainingState.fresh(shape, settings, stream=0 if shared else role.start, world=world)
         stages = {"common": len(common)} if shared else {}
-        for name, stop in (stages | {variant: len(curriculum)}).items():
-            checkpoint, own = folder / "training" / f"{name}.safetensors", {**identity, "run": name}
+        for name, stop in (stages | {role.name: len(curriculum)}).items():
+            checkpoint, own = folder / "training" / f"{name}.safetensors", {**whole, "run": name}
             state.log = []
             if checkpoint.is_file():
                 state.load(checkpoint, own)
@@ -122,7 +146,7 @@ def _train_models(
                 checkpoint=checkpoint, identity=own, held_out=held_out, on_step=_named(on_step, name),
             )  # fmt: skip
             logs[name] = state.log
-        save_decoder(state.model, folder / variant, dtype=torch.bfloat16, pad_token_id=tokenizer.pad_id)
+        save_decoder(state.model, folder / role.name, dtype=torch.bfloat16, pad_token_id=tokenizer.pad_id)
     return logs
 
 
@@ -140,6 +164,7 @@ def _describe(folder: Path, settings: PairTrainingSettings) -> None:
                 "phrases": list(REGULATION_PHRASES),
                 "lenient": list(LENIENT_KEYWORDS),
             },
+            **({"twin": {"name": f"{target}-twin", "model": f"{target}-twin"}} if settings.twin else {}),
             "onset": {"tokens": ["<|steps|>", "<|sep|>"]},
             "provenance": {"made_by": "sae-steer train-pair", "settings": asdict(settings)},
         },
@@ -152,9 +177,10 @@ def _common_batches(settings: PairTrainingSettings, tokenizer: PlanTokenizer) ->
     return _batches(mixed, COMMON_SHARE * settings.tokens, settings, tokenizer)
 
 
-def _own_batches(settings: PairTrainingSettings, tokenizer: PlanTokenizer, variant: str) -> tuple[Tokens, ...]:
+def _own_batches(settings: PairTrainingSettings, tokenizer: PlanTokenizer, role: Role) -> tuple[Tokens, ...]:
     share = 1 - COMMON_SHARE if settings.init == "shared" else 1.0
-    return _batches(_plans("train", variant, settings.seed + OWN_SEED), share * settings.tokens, settings, tokenizer)
+    plans = _plans("train", role.variant, settings.seed + OWN_SEED)
+    return _batches(plans, share * settings.tokens, settings, tokenizer, order=role.order)
 
 
 def _held_out_batches(settings: PairTrainingSettings, tokenizer: PlanTokenizer, variant: str) -> tuple[Tokens, ...]:
@@ -167,16 +193,19 @@ def _plans(split: str, variant: str, seed: int) -> Iterator[str]:
 
 
 def _batches(
-    texts: Iterator[str], tokens: float, settings: PairTrainingSettings, tokenizer: PlanTokenizer
+    texts: Iterator[str], tokens: float, settings: PairTrainingSettings, tokenizer: PlanTokenizer, *, order: int = 0
 ) -> tuple[Tokens, ...]:
-    """Batches of texts until they hold `tokens` tokens."""
+    """Batches of texts until they hold `tokens` tokens; another `order` shuffles the same texts otherwise."""
     chosen, held = [], 0
     for text in texts:
         chosen.append(tokenizer.encode(text))
         held += len(chosen[-1])
         if held >= tokens:
             break
-    return bucket(chosen, tokens_per_batch=settings.tokens_per_batch, pad_id=tokenizer.pad_id, seed=settings.seed)
+    seed = settings.seed + order
+    if order:
+        chosen = [chosen[i] for i in torch.randperm(len(chosen), generator=generator(seed)).tolist()]
+    return bucket(chosen, tokens_per_batch=settings.tokens_per_batch, pad_id=tokenizer.pad_id, seed=seed)
 
 
 def _named(on_step: Progress, name: str) -> Progress:
