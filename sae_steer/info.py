@@ -57,11 +57,11 @@ def _pair(path: Path) -> tuple[str, bool]:
 
 
 def _model_of_pair(role: str, model: NamedModel) -> list[str]:
-    shape, own = model.decoder.shape, model.tokenizer
+    shape, own = model.model.shape, model.tokenizer
     return [
         f"  {role} {model.name}: {model.source.get('from', 'in memory')}, {shape.n_layers} layers of width "
         f"{shape.d_model}, {shape.d_vocab} rows, context {shape.n_ctx}",
-        f"    {model.decoder.n_parameters:,} parameters, sha256 {model.sha256[:12]}"
+        f"    {model.model.n_parameters:,} parameters, sha256 {model.sha256[:12]}"
         + (f", its own tokenizer of {own.n_vocab} tokens" if own else ""),
     ]
 

@@ -142,7 +142,7 @@ def of_another(dictionary, tiny, tmp_path, **models) -> tuple:
 def test_a_dictionary_of_another_model_is_refused(tiny, whole, tmp_path):
     found = load_dictionary(whole)
     with pytest.raises(InputError, match="is of model 'adhd', and this cache holds standard and tuned"):
-        check_fits(*of_another(found, tiny, tmp_path / "a", target=NamedModel("tuned", tiny.target.decoder)))
+        check_fits(*of_another(found, tiny, tmp_path / "a", target=NamedModel("tuned", tiny.target.model)))
     with pytest.raises(InputError, match="trained on another model called 'adhd'"):
         check_fits(*of_another(found, tiny, tmp_path / "b", target=NamedModel("adhd", lively(SHAPE, 9))))
 

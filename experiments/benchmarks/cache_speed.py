@@ -88,7 +88,7 @@ def errors(exact: ActivationCache, found: ActivationCache, model: str) -> dict:
 def main() -> None:
     """Time every case and write the record."""
     pair = random_pair(PRESETS["interpgpt-23m"])
-    hooked = [to_hooked_transformer(model.decoder) for model in pair.models]
+    hooked = [to_hooked_transformer(model.model) for model in pair.models]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         texts = [text for split in SPLITS for text in TEXTS.texts(pair, split)]

@@ -117,7 +117,7 @@ def make_atlas(
     settings = settings or AtlasSettings()
     study = as_of_one_study(settings)
     check_inputs(pair, cache, dictionary, study)
-    dictionary = dictionary.to(pair.target.decoder.device)
+    dictionary = dictionary.to(pair.target.model.device)
     if not len(features):
         raise InputError(
             f"no feature of {dictionary.name} is specific to '{pair.target.name}', so there is none to map; scan with "

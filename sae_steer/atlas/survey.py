@@ -92,7 +92,7 @@ class Survey:
     def codes(self) -> SparseCodes:
         """Of the target's stream at the onsets."""
         assert self.bench.dictionary is not None
-        return self.bench.dictionary.encode(onset_stream(self.bench.target.decoder, self.bench.layer, self.onsets))
+        return self.bench.dictionary.encode(onset_stream(self.bench.target.model, self.bench.layer, self.onsets))
 
     @cached_property
     def contribution(self) -> Float[Tensor, "onset feature"]:

@@ -62,7 +62,7 @@ class Place:
 
     def read(self, onsets: OnsetRows, measure: Measure, on_batch: Callable[[int], None]) -> Swept:
         """Read everything, one clean pass a batch of texts."""
-        model = self.model.decoder
+        model = self.model.model
         added = self.shifts[torch.from_numpy(self.tested).to(model.device)]
         some = self.pool.units[self.pool.checks]
         controls, checked = self._moves(self.pool.units, self.norms), self._moves(some, self.lengths)

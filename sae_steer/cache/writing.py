@@ -63,7 +63,7 @@ def cache_activations(
     _check(pair, layers, settings)
     if world:
         for model in pair.models:
-            model.decoder.to(world.device)
+            model.model.to(world.device)
     world = world or World.local(device="cpu")
     keep_freed_memory()
     wanted = provenance(
@@ -110,7 +110,7 @@ def _new_manifest(pair: ModelPair, layers: tuple[int, ...], dtype: str, source: 
         "format": FORMAT,
         "pair": pair.name,
         "models": {
-            model.name: {"sha256": model.sha256, "d_model": model.decoder.shape.d_model, **model.names_read}
+            model.name: {"sha256": model.sha256, "d_model": model.model.shape.d_model, **model.names_read}
             for model in pair.models
         },
         "tokenizer": pair.tokenizer.sha256,
@@ -213,10 +213,10 @@ def _streams(
     model: NamedModel, layers: tuple[int, ...], texts: Sequence[Text], settings: CacheSettings
 ) -> dict[int, np.ndarray]:
     """{layer: [row, d_model] float32} over the texts' rows, in order."""
-    world = World.local(precision=settings.precision, device=str(model.decoder.device))
-    read = stream_reader(model.decoder, layers, world)
+    world = World.local(precision=settings.precision, device=str(model.model.device))
+    read = stream_reader(model.model, layers, world)
     starts = np.cumsum([0, *(len(text) for text in texts)])
-    streams = {layer: np.empty((starts[-1], model.decoder.shape.d_model), dtype=np.float32) for layer in layers}
+    streams = {layer: np.empty((starts[-1], model.model.shape.d_model), dtype=np.float32) for layer in layers}
     together = settings.tokens_per_batch * (1 if world.device.type == "cpu" else ON_GPU)
     batches = list(length_batches([len(text) for text in texts], together))
 
@@ -226,7 +226,7 @@ def _streams(
             for row, i in enumerate(batch):
                 streams[layer][starts[i] : starts[i + 1]] = values[row, : len(texts[i])]
 
-    if isinstance(model.decoder, Decoder):
+    if isinstance(model.model, Decoder):
         in_threads(place, batches, world.device)
     else:  # TransformerLens caches in one thread at a time
         for batch in batches:

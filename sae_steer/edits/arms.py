@@ -129,17 +129,17 @@ class Bench:
     @cached_property
     def tuned(self) -> PairedRows:
         """Both streams over the tune texts."""
-        return PairedRows.of(self.target.decoder, self.reference.decoder, self.tune, self.layers)
+        return PairedRows.of(self.target.model, self.reference.model, self.tune, self.layers)
 
     @cached_property
     def fitted(self) -> PairedRows:
         """Both streams over the fit texts."""
-        return PairedRows.of(self.target.decoder, self.reference.decoder, self.fit, self.layers)
+        return PairedRows.of(self.target.model, self.reference.model, self.fit, self.layers)
 
     @cached_property
     def tune_rows(self) -> Float[Tensor, "row d_model"]:
         """The target's stream over the tune texts, on the target's device."""
-        return torch.from_numpy(self.tuned.target[self.layer]).to(self.target.decoder.device)
+        return torch.from_numpy(self.tuned.target[self.layer]).to(self.target.model.device)
 
     @cached_property
     def mean_difference(self) -> Direction:
@@ -158,7 +158,7 @@ class Bench:
                 for rows in (fit, tune)
             ]
             (x_fit, y_fit), (x_test, y_test) = streams
-            device = (self.target if to_target else self.reference).decoder.device
+            device = (self.target if to_target else self.reference).model.device
             self._bridges[key] = bridge(
                 x_fit[fit.between], y_fit[fit.between], x_test[tune.between], y_test[tune.between], device
             )
@@ -177,7 +177,7 @@ class Bench:
         self, unit: Float[Tensor, "*rows d_model"], variant: Variant
     ) -> dict[str, Float[Tensor, "*rows d_edited"]]:
         """Directions raw and transported, the primary ones first; raw alone in their own model."""
-        link, device = self.link(variant), (self.target if variant.edits_target else self.reference).decoder.device
+        link, device = self.link(variant), (self.target if variant.edits_target else self.reference).model.device
         if link is None:
             return {RAW: unit.to(device)}
         carried = {TRANSPORTED: link.carry.direction(unit)}
@@ -204,7 +204,7 @@ class Bench:
     def _arm(self, direction: Direction, variant: Variant, matched: Float[Tensor, "direction d_model"] | None) -> Arm:
         settings, below = self.settings, self.layer - variant.layers_below
         model = self.target if variant.edits_target else self.reference
-        device, d_model = model.decoder.device, model.decoder.shape.d_model
+        device, d_model = model.model.device, model.model.shape.d_model
         link, stream = self.link(variant), self.onset_stream(variant)
         count, spare = settings.controls, settings.calibration
         drawn = {
@@ -218,7 +218,7 @@ class Bench:
         fresh_family = families.MATCHED if len(enough) >= count + spare else families.ISOTROPIC
         donor = self.reference if variant.edits_target else self.target
         carried = self.bridge(below, below, to_target=variant.edits_target)
-        source = Donor(donor.decoder, below)
+        source = Donor(donor.model, below)
         patches = {TRANSPORTED: Patch(source, carried.carry)}
         if carried.rotation is not None:
             patches |= {ROTATED: Patch(source, carried.rotation), RAW: Patch(source, lambda rows: rows.to(device))}
@@ -243,9 +243,9 @@ class Bench:
         onsets, follows = self.tuned.is_onset, self.tuned.next_is_target
         if (onsets & follows).any() and (onsets & ~follows).any():
             unit = self.mean_difference.unit
-            found[MEAN_DIFFERENCE] = unit.to(model.decoder.device) if link is None else link.carry.direction(unit)
+            found[MEAN_DIFFERENCE] = unit.to(model.model.device) if link is None else link.carry.direction(unit)
         if isinstance(self.measure, TargetMass):
-            found[UNEMBEDDING] = unembedding(model.decoder, self.measure.ids)
+            found[UNEMBEDDING] = unembedding(model.model, self.measure.ids)
         return found
 
     def _matched(self, direction: Direction, leave_out: Collection[int] | None) -> Float[Tensor, "row d_model"] | None:

@@ -100,7 +100,7 @@ def read_arm(arm: Arm, onsets: Onsets, measure: Measure, settings: InterveneSett
     positive |= {(name, primary): arm.positive(name, primary) for name in arm.positives}
     single, joint = doses | others | positive, {(EDIT, primary): arm.edit(primary)} | positive
     fan, places = arm.fan(settings)
-    model, layer = arm.model.decoder, arm.layer
+    model, layer = arm.model.model, arm.layer
     alone, together, controls = read(
         model,
         layer,
@@ -146,7 +146,7 @@ def read_joint_controls(
         drawn = {name: units[start : start + ROUND] for name, units in arm.families.items()}
         edits = [unedited, edit, *_controls(edit, drawn)]
         request = Request(onsets.joint_doses, edits, joint=True, places=settings.positions)
-        parts += read(arm.model.decoder, arm.layer, [request], measure)
+        parts += read(arm.model.model, arm.layer, [request], measure)
         for name, at in families_of(drawn, after=width + 2).items():
             places[name] += range(at.start, at.stop)
         width += len(edits)

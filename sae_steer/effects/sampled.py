@@ -63,7 +63,7 @@ class SampledArms:
             return None
         delimiters = tuple(self.pair.tokenizer.token_id(token) for token in self.pair.onsets.tokens)
         edit = arm.edit(self.settings.primary_dose)
-        steer = edited(arm.model.decoder, site(arm.layer), edit, after=delimiters)
+        steer = edited(arm.model.model, site(arm.layer), edit, after=delimiters)
         counts = self._sample(arm.model, min(self.settings.paired_seeds, self.settings.baseline_seeds - 1), steer)
         return compare(counts, baseline, np.array([task for _, task in self.prompts]), self.settings)
 
@@ -74,7 +74,7 @@ class SampledArms:
 
     def _sample(self, model: NamedModel, seeds: int, edit: AbstractContextManager) -> Int[np.ndarray, "prompt seed 3"]:
         """One plan a prompt and seed; the same seed is the same noise, edited or not."""
-        titles, device = [title for title, _ in self.prompts], model.decoder.device
+        titles, device = [title for title, _ in self.prompts], model.model.device
         temperature, seed, together = self.settings.temperature, self.settings.seed, TOGETHER.get(device.type, 1)
 
         def draw(parts: range) -> list[str]:
@@ -82,7 +82,7 @@ class SampledArms:
             return sample_plans(self.pair, model, repeated, temperature=temperature, seeds=(seed,), parts=parts)
 
         batches = [range(start, min(start + together, seeds)) for start in range(0, seeds, together)]
-        own = isinstance(model.decoder, Decoder)  # TransformerLens changes its tokenizer for the length of a call
+        own = isinstance(model.model, Decoder)  # TransformerLens changes its tokenizer for the length of a call
         with edit:
             drawn = in_threads(draw, batches, device) if own else map(draw, batches)
             texts = [text for part in drawn for text in part]

@@ -111,9 +111,9 @@ def find_or_splice(
     wanted = provenance(settings=settings, inputs=inputs)
     if not already_done(path, wanted, force=force):
         model, texts = pair.model(dictionary.model), cache.own_texts("scan", dictionary.model)[:TEXTS]
-        sae = dictionary.to(model.decoder.device).sae
+        sae = dictionary.to(model.model.device).sae
         found = [
-            ce_recovered(model.decoder, sae, texts, dictionary.layer, only_onsets=only_onsets)
+            ce_recovered(model.model, sae, texts, dictionary.layer, only_onsets=only_onsets)
             for only_onsets in (True, False)
         ]
         write_json(path, {"provenance": wanted} | {one.positions: one.record() for one in found})

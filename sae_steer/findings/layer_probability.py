@@ -51,7 +51,7 @@ def layer_probability(
         chosen = [text for text in texts if text.variant == variant and text.is_onset.any()][: settings.prompts]
         if chosen:
             _check_tasks(chosen, rendering)
-            curve = _curve(model.decoder, chosen, tokens.ids, settings)
+            curve = _curve(model.model, chosen, tokens.ids, settings)
             curves.append({"model": model.name, "rendering": rendering, **curve})
     on_step(len(readings), len(readings), "measured")
     return {

@@ -48,7 +48,7 @@ class NamedModel:
     """A model and what the pair calls it."""
 
     name: str
-    decoder: LanguageModel
+    model: LanguageModel
     """A `Decoder`, or a `LensModel` around whatever TransformerLens runs."""
     tokenizer: PlanTokenizer | None = None
     """The tokenizer the model came with, if it came with one."""
@@ -72,7 +72,7 @@ class NamedModel:
     @cached_property
     def sha256(self) -> str:
         """The hash of what it computes: shape and weights."""
-        return fingerprint(self.decoder)
+        return fingerprint(self.model)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ModelPair:
     def to(self, device: torch.device | str) -> "ModelPair":
         """Itself, both models moved to `device`."""
         for model in self.models:
-            model.decoder.to(device)
+            model.model.to(device)
         return self
 
     @cached_property
@@ -147,7 +147,7 @@ class ModelPair:
     def check_layer(self, layer: int) -> None:
         """Raise `InputError` unless both models have a block `layer`."""
         for model in self.models:
-            model.decoder.check_layer(layer, f"model '{model.name}'")
+            model.model.check_layer(layer, f"model '{model.name}'")
 
 
 def load_pair(pair: str | Path, *, tell: Callable[[str], None] = to_stderr) -> ModelPair:
@@ -215,15 +215,15 @@ def _check_onsets(pair: ModelPair) -> None:
     for token in pair.onsets.tokens:
         pair.tokenizer.token_id(token)
     for model in pair.models:
-        if not 0 < pair.context <= model.decoder.shape.n_ctx:
+        if not 0 < pair.context <= model.model.shape.n_ctx:
             raise InputError(
                 f"pair '{pair.name}' has context {pair.context}, and model '{model.name}' reads 1 to "
-                f"{model.decoder.shape.n_ctx}"
+                f"{model.model.shape.n_ctx}"
             )
 
 
 def _check_tokenizer(pair: ModelPair, model: NamedModel) -> None:
-    rows = model.decoder.shape.d_vocab
+    rows = model.model.shape.d_vocab
     if pair.tokenizer.n_vocab > rows:
         raise InputError(
             f"the tokenizer of pair '{pair.name}' makes ids up to {pair.tokenizer.n_vocab - 1}, but model "

@@ -53,7 +53,7 @@ def sample_plans(
     """
     prompts = [pair.tokenizer.encode_prompt(title) for title in titles]
     continued = sample(
-        model.decoder,
+        model.model,
         prompts,
         end_id=pair.tokenizer.token_id("<|end|>"),
         max_tokens=pair.context,
@@ -93,7 +93,7 @@ def basis_by_layer(pair: ModelPair, *, plans: int = BASIS_PLANS, seed: int = 0) 
     The same positions of target-variant texts, read in both models; fitted on one half of the tasks.
     """
     texts = list(write_plans("scan", pair.target.name, count=plans, seed=seed))
-    layers = tuple(range(min(model.decoder.shape.n_layers for model in pair.models)))
+    layers = tuple(range(min(model.model.shape.n_layers for model in pair.models)))
     halves = [
         [_stacked(pair, model, [plan.text for plan in texts[half::2]], layers) for model in pair.models]
         for half in (0, 1)
@@ -117,8 +117,8 @@ def _stacked(pair: ModelPair, model: NamedModel, texts: list[str], layers: tuple
     rows: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
     for start in range(0, len(texts), 32):
         ids = [pair.tokenizer.encode(text) for text in texts[start : start + 32]]
-        tokens = pad(ids, 0).to(model.decoder.device)
+        tokens = pad(ids, 0).to(model.model.device)
         real = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
-        for layer, resid in model.decoder.resid_posts(tokens, layers).items():
+        for layer, resid in model.model.resid_posts(tokens, layers).items():
             rows[layer].append(resid.cpu()[real].double().numpy())
     return {layer: np.concatenate(parts) for layer, parts in rows.items()}

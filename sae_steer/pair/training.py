@@ -100,7 +100,7 @@ def train_pair(
         "provenance": wanted,
         "tokenizer": {"rows": tokenizer.n_vocab, "unused_rows": tokenizer.unused},
         "models": {model.name: model.sha256 for model in pair.models},
-        "parameters": pair.target.decoder.n_parameters,
+        "parameters": pair.target.model.n_parameters,
         "log": logs,
         "measured": measure_pair(pair, seed=settings.seed, on_step=on_step),
     }

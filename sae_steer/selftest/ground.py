@@ -127,7 +127,7 @@ class Ground:
         """One of `BODIES`."""
         if name not in self._prepared:
             body = build_body(
-                self.pair.target.decoder,
+                self.pair.target.model,
                 self.fit[:SIZING_TEXTS],
                 self.measure.ids,
                 seed=self.settings.seed,

@@ -110,8 +110,8 @@ Inputs = dict[tuple[str, str], Edited]
 def edited_inputs(arms: Sequence[Arm], population: Population, dose: float) -> Inputs:
     """What every arm's edit at a dose makes of the last block's input, each onset alone and all of a text together."""
     found: Inputs = {}
-    for model, layer in dict.fromkeys((arm.model.decoder, arm.layer) for arm in arms):
-        group = [arm for arm in arms if (arm.model.decoder, arm.layer) == (model, layer)]
+    for model, layer in dict.fromkeys((arm.model.model, arm.layer) for arm in arms):
+        group = [arm for arm in arms if (arm.model.model, arm.layer) == (model, layer)]
         growing = {(arm.variant.name, mode): _Growing([], [], []) for arm in group for mode in (BASE, *MODES)}
         for read, every in zip(population.read.batches, population.every.batches, strict=True):
             clean = CleanPass.of(model, read.tokens, layer)

@@ -82,7 +82,7 @@ def summarise(pair: ModelPair, out: Path, *, settings: SelftestSettings | None =
 
 def prepare(pair: ModelPair, out: Path, settings: SelftestSettings) -> Ground:
     """Texts, target tokens and a dictionary of the embedded target model, made in `out` once."""
-    layer = pair.target.decoder.shape.n_layers - 2
+    layer = pair.target.model.shape.n_layers - 2
     corpus = CorpusSettings(
         train_plans=settings.train_plans,
         scan_plans=max(settings.tune_texts, 1),

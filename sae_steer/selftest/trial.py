@@ -45,7 +45,7 @@ def run_study(ground: Ground, kind: str, number: int) -> dict:
     models = body.pair(known.reader, strengths)
     arms = body.arms(models, settings)
     evidence = weigh(
-        arms, texts, ground.measure, settings, known_gates=[_dictionary_gate(body, models[1].decoder, texts, settings)]
+        arms, texts, ground.measure, settings, known_gates=[_dictionary_gate(body, models[1].model, texts, settings)]
     )
     variants = {}
     for found in evidence.record["variants"]:
@@ -93,7 +93,7 @@ def run_level_study(ground: Ground, number: int) -> dict:
             continue
         fan, places = arm.fan(settings)
         base, values = read(
-            arm.model.decoder, arm.layer, [Request(single, [unedited]), FanRequest(single, fan)], ground.measure
+            arm.model.model, arm.layer, [Request(single, [unedited]), FanRequest(single, fan)], ground.measure
         )
         means = (values - base.value[:, :1]).mean(axis=0)
         families = {family: means[where] for family, _, where in places if where.stop > where.start}
@@ -120,7 +120,7 @@ def truth_of(
     key = (name, reader, *sorted(strengths.items()))
     if key not in ground.truths:
         reference, target = ground.prepared(name).pair(reader, strengths)
-        models, inputs = {"reference": reference.decoder, "target": target.decoder}, ground.inputs(name)
+        models, inputs = {"reference": reference.model, "target": target.model}, ground.inputs(name)
         found = {v: effects(inputs, v, models[m], ground.population, ground.measure) for v, m in VARIANTS.items()}
         usual = InterveneSettings()
         gap = found["subtract"][BASE] - found["inject"][BASE]
@@ -162,7 +162,7 @@ def _strength_for(ground: Ground, name: str, reader: str, model: str, mode: str,
 def _effect(ground: Ground, name: str, reader: str, model: str, strength: float) -> dict[str, float]:
     pair = ground.prepared(name).pair(reader, {"reference": strength, "target": strength})
     named = pair[0] if model == "reference" else pair[1]
-    return effects(ground.inputs(name), TUNED[model], named.decoder, ground.population, ground.measure)
+    return effects(ground.inputs(name), TUNED[model], named.model, ground.population, ground.measure)
 
 
 def _dictionary_gate(

@@ -63,7 +63,7 @@ def check_replay(arm: Arm, rows: OnsetRows, measure: Measure, dose: float, place
     edit, least = arm.edit(dose), arm.families[next(iter(arm.families))][:1]
     control = Control(edit, least[0])
     single, joint, fan = read(
-        arm.model.decoder,
+        arm.model.model,
         arm.layer,
         [
             Request(rows, [unedited, edit]),
@@ -128,7 +128,7 @@ class _WholePasses:
                 marks = [places[text : text + 1, :length]]
                 if not joint:
                     marks = [torch.arange(length)[None] == position for position in onsets]
-                tokens = batch.tokens[text : text + 1, :length].to(self.arm.model.decoder.device)
+                tokens = batch.tokens[text : text + 1, :length].to(self.arm.model.model.device)
                 for number, at in enumerate(marks):
                     value, delta = self._pass(tokens, at.to(tokens.device), edit)
                     read_at = onsets if joint else [onsets[number]]
@@ -137,7 +137,7 @@ class _WholePasses:
         return _Whole(np.array(values), np.array(moved))
 
     def _pass(self, tokens: Tensor, at: Tensor, edit: Edit) -> tuple[Tensor, Tensor]:
-        model, layer = self.arm.model.decoder, self.arm.layer
+        model, layer = self.arm.model.model, self.arm.layer
         clean = model.resid_posts(tokens, (layer,))[layer]
         received, logits = whole_pass(model, tokens, layer, edit, at)
         delta = (received - clean)[0]

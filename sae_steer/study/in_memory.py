@@ -120,12 +120,12 @@ def intervene_in_memory(
     reference, target = (
         NamedModel.of(name, _model(m)) for name, m in zip(("reference", "target"), _two(models), strict=True)
     )
-    target.decoder.check_layer(layer, "the target model")
+    target.model.check_layer(layer, "the target model")
     found = measure if callable(measure) else TargetMass(tuple(int(token) for token in measure))
     probability = isinstance(found, TargetMass)
     settings = settings or InterveneSettings(**({} if probability else {"bound_cap": UNCAPPED}))
     texts = _texts(tokens, positions, lengths, clusters, found.ids if probability else (), settings.seed)
-    sae = None if isinstance(subject, Tensor) else on_device(_dictionary(subject), target.decoder.device)
+    sae = None if isinstance(subject, Tensor) else on_device(_dictionary(subject), target.model.device)
     bench = Bench(
         reference=reference,
         target=target,
@@ -146,7 +146,7 @@ def intervene_in_memory(
 
 def _two(models: ModelPair | Sequence[Any]) -> Sequence[Any]:
     if isinstance(models, ModelPair):
-        return models.reference.decoder, models.target.decoder
+        return models.reference.model, models.target.model
     if len(models) != 2:
         raise InputError(f"{len(models)} models were given; name two, the reference and the target")
     return models
@@ -179,7 +179,7 @@ def _dictionary(subject: Any) -> SparseDictionary:
 
 def _direction(bench: Bench, subject: Any, sae: SparseDictionary | None, feature: int | None, confirm: Sequence[Text]):
     """The direction, the gates known beforehand, and why it cannot be tested, if so."""
-    d_model = bench.target.decoder.shape.d_model
+    d_model = bench.target.model.shape.d_model
     if sae is None:
         if subject.numel() != d_model:
             raise InputError(f"the direction has {subject.numel()} numbers and the stream {d_model} dimensions")

@@ -154,7 +154,7 @@ def intervene(
     """
     settings = settings or InterveneSettings()
     check_inputs(pair, cache, dictionary, settings)
-    dictionary = dictionary.to(pair.target.decoder.device)
+    dictionary = dictionary.to(pair.target.model.device)
     if (feature is None) == (direction is None):
         raise InputError("name either a feature or a direction, not both")
     source = feature if direction is None else direction
@@ -191,13 +191,13 @@ def intervene(
     for number, (arm, variant) in enumerate(zip(arms, evidence.record["variants"], strict=True), len(arms)):
         on_step(number, stages, f"{arm.variant.name}: sampled plans")
         variant["sampled"] = sampled.read(arm)
-        reads = directions.unembedding(arm.model.decoder, tokens.ids)
-        given = arm.model.decoder, arm.layer, arm.edit(settings.primary_dose), followed
+        reads = directions.unembedding(arm.model.model, tokens.ids)
+        given = arm.model.model, arm.layer, arm.edit(settings.primary_dose), followed
         variant["trace"] = {"blocks": trace(*given, reads), "direct": direct_effect(*given, bench.measure, settings)}
     group, trials = None, evidence.trials
     if feature is not None:
         like = features_like(found, bench.tune_rows, bench.tuned.is_onset)
-        given = bench.target.decoder, bench.layer, found, like
+        given = bench.target.model, bench.layer, found, like
         group, more = read_group(*given, Onsets.of(texts, settings), bench.measure, settings)
         trials = {name: np.concatenate([column, more[name]]) for name, column in trials.items()}
     on_step(stages, stages, "measured")
@@ -207,14 +207,14 @@ def intervene(
 
 def find_direction(bench: Bench, dictionary: Dictionary, source: Source) -> Direction | None:
     """The direction a source names, with its size; None for a feature that is silent on the tune texts."""
-    d_model = bench.target.decoder.shape.d_model
+    d_model = bench.target.model.shape.d_model
     if isinstance(source, int):
         return directions.feature_direction(dictionary.sae, source, bench.tune_rows, bench.tuned.is_onset)
     if source == "mean-difference":
         return bench.mean_difference
     if source == "unembedding":
         assert isinstance(bench.measure, TargetMass)
-        vector = directions.unembedding(bench.target.decoder, bench.measure.ids)
+        vector = directions.unembedding(bench.target.model, bench.measure.ids)
         return directions.of_vector(source, vector, bench.mean_difference.s)
     if source == "random":
         vector = directions.random_direction(d_model, bench.settings.seed)
@@ -256,9 +256,9 @@ def dictionary_gate(bench: Bench, dictionary: Dictionary, found: Direction | Non
         silent_ = directions.of_vector(name, dictionary.sae.direction(feature), None)
         found = Direction(name, silent_.unit, 0.0, "nowhere", dictionary.sae, feature)
     onsets = Onsets.of(texts, settings)
-    firings = count_firings(bench.target.decoder, bench.layer, found, onsets, settings)
-    if bench.reference.decoder.shape.d_model == bench.target.decoder.shape.d_model:
-        other = count_firings(bench.reference.decoder, bench.layer, found, onsets, settings)
+    firings = count_firings(bench.target.model, bench.layer, found, onsets, settings)
+    if bench.reference.model.shape.d_model == bench.target.model.shape.d_model:
+        other = count_firings(bench.reference.model, bench.layer, found, onsets, settings)
         firings["reference_onsets"] = other["onsets"]
     size = found.s or None
     median = float(bench.tune_rows.norm(dim=1).median())
@@ -269,7 +269,7 @@ def dictionary_gate(bench: Bench, dictionary: Dictionary, found: Direction | Non
     if reason:
         return [], firings, reason
     draws = {"draws": settings.bootstrap_draws, "seed": settings.seed}
-    spliced = ce_recovered(bench.target.decoder, dictionary.sae, bench.tune, bench.layer, only_onsets=True, **draws)
+    spliced = ce_recovered(bench.target.model, dictionary.sae, bench.tune, bench.layer, only_onsets=True, **draws)
     return [gates.dictionary_gate(spliced, firings)], {**firings, "ce_recovered": spliced.record()}, None
 
 
@@ -278,7 +278,7 @@ def _basis(bench: Bench) -> dict:
     checks = {
         f"resid_post {layer}": bench.bridge(bench.layer, layer).check for layer in sorted(bench.layers, reverse=True)
     }
-    models = bench.target.decoder, bench.reference.decoder
+    models = bench.target.model, bench.reference.model
     checks["embeddings"] = embedding_check(*models, seed=bench.settings.seed)
     return {
         place: {

@@ -114,7 +114,7 @@ def test_tags_follow_from_the_tests_passed():
 def test_the_gradient_is_the_directional_derivative_of_an_edit_of_one_onset(toy_pair, toy_cache):
     texts = toy_cache.own_texts("confirm", "adhd")[:4]
     batch = Onsets.of(texts, INTERVENE).single.batches[0]
-    model, measure = toy_pair.target.decoder, TargetMass(tuple(toy_cache.target_tokens(toy_pair).ids))
+    model, measure = toy_pair.target.model, TargetMass(tuple(toy_cache.target_tokens(toy_pair).ids))
     positions = batch.positions.clone()
     positions[0, 0] = 0  # a first token reads nothing but itself
     clean = CleanPass.of(model.double(), batch.tokens, 2)

@@ -26,14 +26,14 @@ def test_rows_are_the_models_own_streams_at_the_labelled_positions(pair, cache, 
             assert len(rows) == sum(map(len, texts))
             for text, stored in islice(zip(texts, rows.split([len(text) for text in texts]), strict=True), 6):
                 tokens = torch.from_numpy(text.token.astype(np.int64))[None]
-                expected = model.decoder.resid_posts(tokens, (layer,))[layer][0]
+                expected = model.model.resid_posts(tokens, (layer,))[layer][0]
                 torch.testing.assert_close(stored, expected, rtol=2e-3, atol=2e-3)
 
 
 def test_float32_rows_are_exact_to_the_arithmetic(tiny, tmp_path):
     cache = write(tiny, tmp_path / "exact", settings=replace(SETTINGS, dtype="float32"))
     rows, text = next(cache.rows("adhd", 2, "scan").in_order()), cache.texts("scan")[0]
-    expected = tiny.target.decoder.resid_posts(torch.from_numpy(text.token.astype(np.int64))[None], (2,))[2][0]
+    expected = tiny.target.model.resid_posts(torch.from_numpy(text.token.astype(np.int64))[None], (2,))[2][0]
     torch.testing.assert_close(rows[: len(text)], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -18,8 +18,8 @@ from sae_steer.pair.texts import TextFile
 
 def spoilt(pair: ModelPair, value: float) -> ModelPair:
     """The pair, its target with an embedding that blows up at the token "x"."""
-    decoder = Decoder(pair.target.decoder.shape)
-    decoder.load_state_dict(pair.target.decoder.state_dict())
+    decoder = Decoder(pair.target.model.shape)
+    decoder.load_state_dict(pair.target.model.state_dict())
     decoder.eval().requires_grad_(False)
     decoder.embed_tokens.weight[pair.tokenizer.encode("x")[0]] = value
     return replace(pair, target=NamedModel("adhd", decoder))

@@ -185,7 +185,7 @@ def test_requests_that_make_no_sense_are_refused_before_anything_is_written(tiny
     assert "'int8'; choose float16, bfloat16, float32 or auto" in refusal(
         InputError, lambda: write(tiny, out, settings=settings)
     )
-    odd = replace(tiny, target=NamedModel("moments", tiny.target.decoder))
+    odd = replace(tiny, target=NamedModel("moments", tiny.target.model))
     assert "cannot be called 'moments'" in refusal(InputError, lambda: write(odd, out))
     assert not out.exists()
     none = CorpusSettings(train_plans=0, scan_plans=0, tune_plans=0, confirm_plans=0)

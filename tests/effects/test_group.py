@@ -66,7 +66,7 @@ def test_ablating_a_group_is_ablating_its_features_in_turn_where_one_does_not_si
 
 def test_the_group_of_one_does_what_the_feature_does(toy_pair, toy_cache):
     onsets = Onsets.of(toy_cache.own_texts("confirm", "adhd")[:12], INTERVENE)
-    given = toy_pair.target.decoder, 2, direction_of(toy_sae())
+    given = toy_pair.target.model, 2, direction_of(toy_sae())
     record, trials = read_group(*given, (), onsets, TargetMass((366, 417, 431)), INTERVENE)
     for mode in "single", "joint":
         assert record[mode]["mean"] == pytest.approx(record[mode]["alone"]["mean"], abs=1e-7)

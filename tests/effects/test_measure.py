@@ -64,7 +64,7 @@ def by_row(onsets, texts, chosen, find):
 @pytest.mark.parametrize("layer", [1, 2], ids=["upstream", "at the dictionary's layer"])
 @pytest.mark.parametrize("kind", ["inject", "zero_ablate"])
 def test_a_single_edit_reads_as_a_whole_forward_pass_with_a_hook(pair, texts, chosen, onsets, edits, kind, layer):
-    model, edit = pair.target.decoder, edits[kind]
+    model, edit = pair.target.model, edits[kind]
     found = read(model, layer, [Request(onsets, [unedited, edit])], MASS)[0]
     whole = by_row(onsets, texts, chosen, lambda text, _, at: with_hook(model, layer, text.token, [at], edit)[0])
     np.testing.assert_allclose(found.value[:, 1], whole, atol=1e-6, rtol=1e-4)
@@ -73,7 +73,7 @@ def test_a_single_edit_reads_as_a_whole_forward_pass_with_a_hook(pair, texts, ch
 
 @pytest.mark.parametrize("kind", ["inject", "zero_ablate"])
 def test_a_joint_edit_reads_as_a_whole_forward_pass_with_a_hook(pair, texts, chosen, onsets, edits, kind):
-    model, edit = pair.target.decoder, edits[kind]
+    model, edit = pair.target.model, edits[kind]
     found = read(model, 2, [Request(onsets, [edit], joint=True)], MASS)[0]
     whole = by_row(
         onsets,
@@ -87,7 +87,7 @@ def test_a_joint_edit_reads_as_a_whole_forward_pass_with_a_hook(pair, texts, cho
 def test_editing_the_only_chosen_onset_jointly_is_editing_it_alone(pair, texts, edits):
     onsets = OnsetRows.of(texts, [np.flatnonzero(text.is_onset)[2:3] for text in texts])
     single, joint = (
-        read(pair.target.decoder, 2, [Request(onsets, [edits["inject"]], joint=joint)], MASS)[0]
+        read(pair.target.model, 2, [Request(onsets, [edits["inject"]], joint=joint)], MASS)[0]
         for joint in (False, True)
     )
     np.testing.assert_allclose(single.value, joint.value, atol=1e-6, rtol=1e-4)
@@ -96,15 +96,15 @@ def test_editing_the_only_chosen_onset_jointly_is_editing_it_alone(pair, texts, 
 @pytest.mark.parametrize("joint", [False, True])
 def test_dose_zero_equals_the_baseline_bit_for_bit(pair, onsets, edits, joint):
     nothing = [Inject(edits["inject"].direction, 0.0), ZeroAblate(edits["zero_ablate"].sae, 0, 0.0)]
-    found = read(pair.target.decoder, 2, [Request(onsets, [unedited, *nothing], joint=joint)], MASS)[0]
+    found = read(pair.target.model, 2, [Request(onsets, [unedited, *nothing], joint=joint)], MASS)[0]
     assert np.array_equal(found.value[:, 0], found.value[:, 1])
     assert np.array_equal(found.value[:, 0], found.value[:, 2])
     assert not found.delivered.any()
 
 
 def test_the_delivered_length_is_that_of_the_edit(pair, onsets):
-    unit = isotropic(1, pair.target.decoder.shape.d_model, generator(1))[0]
-    found = read(pair.target.decoder, 2, [Request(onsets, [Inject(unit, 0.5), Inject(unit, 2.0)])], MASS)[0]
+    unit = isotropic(1, pair.target.model.shape.d_model, generator(1))[0]
+    found = read(pair.target.model, 2, [Request(onsets, [Inject(unit, 0.5), Inject(unit, 2.0)])], MASS)[0]
     np.testing.assert_allclose(found.delivered, np.broadcast_to([0.5, 2.0], found.delivered.shape), rtol=1e-4)
 
 
@@ -125,11 +125,11 @@ def test_texts_without_a_chosen_onset_are_left_out(texts, chosen):
 
 
 def test_readings_do_not_depend_on_how_texts_are_batched(pair, texts, chosen, onsets, edits, monkeypatch):
-    together = read(pair.target.decoder, 2, [Request(onsets, [edits["inject"]])], MASS)[0]
+    together = read(pair.target.model, 2, [Request(onsets, [edits["inject"]])], MASS)[0]
     monkeypatch.setattr(measure, "TOKENS_PER_BATCH", 1)
     apart = OnsetRows.of(texts, chosen)
     assert len(apart.batches) == len(texts)
-    alone = read(pair.target.decoder, 2, [Request(apart, [edits["inject"]])], MASS)[0]
+    alone = read(pair.target.model, 2, [Request(apart, [edits["inject"]])], MASS)[0]
     assert np.array_equal(apart.position, onsets.position)
     np.testing.assert_allclose(alone.value, together.value, atol=1e-6, rtol=1e-4)
 
@@ -140,14 +140,14 @@ def test_a_fan_reads_what_its_directions_read_one_by_one(pair, onsets, edits, ki
     fan = Fan(edit, units, torch.tensor([1.0, 1.0, 2.0, 0.5, 1.0]))
     apart = [Control(lambda r, k=k: r + k * (edit(r) - r), u) for u, k in zip(units, fan.scales, strict=True)]
     requests = [Request(onsets, [unedited, *apart]), FanRequest(onsets, fan)]
-    one_by_one, fanned = read(pair.target.decoder, 2, requests, MASS)
+    one_by_one, fanned = read(pair.target.model, 2, requests, MASS)
     np.testing.assert_allclose(fanned, one_by_one.value[:, 1:], atol=1e-6, rtol=1e-4)
     still = one_by_one.delivered[:, 1] == 0
     np.testing.assert_allclose(fanned[still], one_by_one.value[still, :1].repeat(5, 1), atol=1e-6, rtol=1e-4)
 
 
 def test_side_effects_are_those_of_the_predictions(pair, texts, onsets, edits):
-    model, edit = pair.target.decoder, edits["inject"]
+    model, edit = pair.target.model, edits["inject"]
     found = read(model, 2, [Request(onsets, [unedited, edit], joint=True)], MASS)[0]
     assert np.abs(found.kl[:, 0]).max() < 1e-9
     assert found.kl[:, 1].min() > 0
@@ -169,7 +169,7 @@ def test_joint_edits_can_stand_everywhere_or_from_the_first_onset_on(pair, texts
         assert torch.equal(elsewhere.sum(1), batch.marked("onsets").sum(1))
         assert not (elsewhere & batch.marked("onsets")).any()
     few, many = (
-        read(pair.target.decoder, 2, [Request(onsets, [unedited, edits["inject"]], joint=True, places=places)], MASS)[0]
+        read(pair.target.model, 2, [Request(onsets, [unedited, edits["inject"]], joint=True, places=places)], MASS)[0]
         for places in ("onsets", "all")
     )
     assert not np.allclose(few.value[:, 1], many.value[:, 1])
@@ -180,7 +180,7 @@ def test_a_full_patch_closes_the_gap_and_a_random_one_of_its_length_does_not(toy
     texts = toy_cache.own_texts("confirm", "adhd")[:6]
     onsets = OnsetRows.of(texts, [np.flatnonzero(text.is_onset) for text in texts])
     columns = toy_cache.target_tokens(toy_pair).ids
-    reference, target = (model.decoder for model in toy_pair.models)
+    reference, target = (model.model for model in toy_pair.models)
     clean = [
         read(model, 2, [Request(onsets, [unedited])], TargetMass(columns))[0].value[:, 0]
         for model in (reference, target)
@@ -205,7 +205,7 @@ def test_the_direction_the_unembedding_reads_beats_every_random_one(toy_pair, to
     texts = toy_cache.own_texts("confirm", "adhd")[:6]
     onsets = OnsetRows.of(texts, [np.flatnonzero(text.is_onset)[:2] for text in texts])
     columns = toy_cache.target_tokens(toy_pair).ids
-    model, unit = toy_pair.reference.decoder, toy_dictionary.sae.direction(FEATURE)
+    model, unit = toy_pair.reference.model, toy_dictionary.sae.direction(FEATURE)
     others = isotropic(40, SHAPE.d_model, generator(4))
     found = read(
         model,

@@ -30,13 +30,13 @@ class MeanOf(nn.Module):
 
 @pytest.mark.parametrize("only_onsets", [True, False])
 def test_a_perfect_reconstruction_recovers_everything(pair, texts, only_onsets) -> None:
-    found = ce_recovered(pair.target.decoder, nn.Identity(), texts, LAYER, only_onsets=only_onsets, draws=DRAWS)
+    found = ce_recovered(pair.target.model, nn.Identity(), texts, LAYER, only_onsets=only_onsets, draws=DRAWS)
     assert (found.recovered, found.low, found.high) == (1.0, 1.0, 1.0)
     assert found.spliced == found.clean < found.mean_ablated
 
 
 def test_a_constant_recovers_nothing(pair, texts) -> None:
-    model = pair.target.decoder
+    model = pair.target.model
     rows = []
     for text in texts:
         resid = model.resid_posts(torch.from_numpy(text.token.astype(np.int64))[None], (LAYER,))[LAYER][0]
@@ -47,7 +47,7 @@ def test_a_constant_recovers_nothing(pair, texts) -> None:
 
 @pytest.mark.parametrize("only_onsets", [True, False])
 def test_the_spliced_loss_is_that_of_a_forward_pass_with_a_hook(pair, texts, dictionary, only_onsets) -> None:
-    model, losses = pair.target.decoder, []
+    model, losses = pair.target.model, []
     for text in texts:
         tokens = torch.from_numpy(text.token.astype(np.int64))[None]
         where = torch.from_numpy(text.is_onset)[:-1] if only_onsets else torch.ones(len(text) - 1, dtype=torch.bool)
@@ -81,4 +81,4 @@ def test_the_record_beside_a_dictionary_is_made_once(
 
 def test_texts_of_one_task_are_refused(pair, texts, dictionary) -> None:
     with pytest.raises(InputError, match="two tasks or more"):
-        ce_recovered(pair.target.decoder, dictionary.sae, texts[:1], LAYER, only_onsets=True)
+        ce_recovered(pair.target.model, dictionary.sae, texts[:1], LAYER, only_onsets=True)

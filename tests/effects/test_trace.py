@@ -19,7 +19,7 @@ UNIT = torch.eye(SHAPE.d_model)[CAUSE]
 
 @pytest.fixture(scope="module", params=["native", "TransformerLens"])
 def model(request, toy_pair):
-    decoder = toy_pair.target.decoder
+    decoder = toy_pair.target.model
     return decoder if request.param == "native" else adapt(ss.to_hooked_transformer(decoder))
 
 
@@ -71,14 +71,14 @@ def test_above_the_last_block_the_direct_effect_is_the_whole_and_below_it_is_not
     texts = toy_cache.own_texts("confirm", "adhd")[:4]
     onsets = OnsetRows.of(texts, [np.flatnonzero(text.is_onset)[:3] for text in texts])
     given = onsets, TargetMass((366, 417)), INTERVENE
-    last, below = (direct_effect(toy_pair.target.decoder, layer, across, *given) for layer in (3, 2))
+    last, below = (direct_effect(toy_pair.target.model, layer, across, *given) for layer in (3, 2))
     assert last["mean"] == pytest.approx(last["whole"]["mean"], rel=0.02)
     assert below["mean"] != pytest.approx(below["whole"]["mean"], rel=0.005)  # block 3 reads the edit
     assert (last["n"], last["tasks"]) == (len(onsets), onsets.tasks)
 
 
 def test_the_trace_follows_only_rows_that_move_and_leaves_no_hook(toy_pair, toy_cache):
-    model = toy_pair.target.decoder
+    model = toy_pair.target.model
     texts = toy_cache.own_texts("confirm", "adhd")[:4]
     onsets = OnsetRows.of(texts, [np.flatnonzero(text.is_onset)[:3] for text in texts])
     rows = trace(model, 2, Inject(UNIT, -1.5), onsets, UNIT)

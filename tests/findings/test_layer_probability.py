@@ -32,7 +32,7 @@ def by_task(masses, task):
 
 
 def test_the_last_layer_is_the_models_own_output(pair, texts):
-    model = pair.target.decoder
+    model = pair.target.model
     masses, task = onset_masses(model, texts, TARGET)
     own = []
     for text in texts:
@@ -44,9 +44,9 @@ def test_the_last_layer_is_the_models_own_output(pair, texts):
 
 
 def test_masses_do_not_depend_on_how_texts_are_batched(pair, texts, monkeypatch):
-    together = by_task(*onset_masses(pair.reference.decoder, texts, TARGET))
+    together = by_task(*onset_masses(pair.reference.model, texts, TARGET))
     monkeypatch.setattr(layers, "TOKENS_PER_BATCH", 1)
-    np.testing.assert_allclose(by_task(*onset_masses(pair.reference.decoder, texts, TARGET)), together, atol=1e-6)
+    np.testing.assert_allclose(by_task(*onset_masses(pair.reference.model, texts, TARGET)), together, atol=1e-6)
 
 
 def test_there_is_a_curve_for_each_model_on_each_rendering(record, pair, cache):
@@ -55,7 +55,7 @@ def test_there_is_a_curve_for_each_model_on_each_rendering(record, pair, cache):
         (model, rendering) for model in ("standard", "adhd") for rendering in cache.variants
     ]
     for curve in curves:
-        assert [row["layer"] for row in curve["layers"]] == list(range(pair.target.decoder.shape.n_layers))
+        assert [row["layer"] for row in curve["layers"]] == list(range(pair.target.model.shape.n_layers))
         for row in curve["layers"]:
             assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1
     assert record["target_tokens"]["ids"] == list(cache.target_tokens(pair).ids)
@@ -69,7 +69,7 @@ def test_both_models_read_the_same_onsets_and_tasks_are_the_clusters(record, cac
     curve = record["curves"][-1]
     assert curve["n"] == sum(int(text.is_onset.sum()) for text in chosen)
     assert curve["tasks"] == len({text.task for text in chosen})
-    masses, task = onset_masses(pair.target.decoder, chosen, cache.target_tokens(pair).ids)
+    masses, task = onset_masses(pair.target.model, chosen, cache.target_tokens(pair).ids)
     again = stats.cluster_bootstrap(masses, task, draws=300, seed=0)
     assert [row["mean"] for row in curve["layers"]] == pytest.approx(again.mean.tolist())
     assert [row["low"] for row in curve["layers"]] == pytest.approx(again.low.tolist())

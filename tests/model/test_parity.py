@@ -47,7 +47,7 @@ def test_the_packaged_models_are_the_same_in_transformers(pair, plans, name):
     tokens, real = plans
     theirs = AutoModelForCausalLM.from_pretrained(PACKAGED / name, dtype=torch.float32)
     mask = {"attention_mask": real.long()}
-    torch.testing.assert_close(pair.model(name).decoder(tokens)[real], theirs(tokens, **mask).logits[real], **CLOSE)
+    torch.testing.assert_close(pair.model(name).model(tokens)[real], theirs(tokens, **mask).logits[real], **CLOSE)
 
 
 @deprecated
@@ -55,7 +55,7 @@ def test_the_packaged_models_are_the_same_in_transformers(pair, plans, name):
 @pytest.mark.parametrize("name", ["standard", "adhd"])
 def test_the_packaged_models_are_the_same_in_transformer_lens(pair, plans, name):
     tokens, real = plans
-    ours = pair.model(name).decoder
+    ours = pair.model(name).model
     logits, cache = to_hooked_transformer(ours).run_with_cache(tokens)
     torch.testing.assert_close(ours(tokens)[real], logits[real], **CLOSE)
     for layer, resid in ours.resid_posts(tokens, tuple(range(ours.shape.n_layers))).items():

@@ -100,7 +100,7 @@ def test_jointly_edited_positions_are_the_whole_pass_with_hooks_at_all_of_them(m
 
 @pytest.mark.parametrize("name", ["standard", "adhd"])
 def test_replay_of_the_packaged_models_is_the_whole_pass_with_a_hook(pair, name):
-    decoder, tokens = pair.model(name).decoder, torch.randint(0, 1024, (2, 200), generator=generator(8))
+    decoder, tokens = pair.model(name).model, torch.randint(0, 1024, (2, 200), generator=generator(8))
     clean, edit, positions = CleanPass.of(decoder, tokens, 2), push(), torch.tensor([[150], [3]])
     places = torch.arange(2), positions[:, 0]
     with edited(decoder, site(2), only_at(*places, edit)):

@@ -40,7 +40,7 @@ def test_at_float32_they_are_the_decoders_own(tokens, kv_heads):
 
 def test_at_bfloat16_they_are_faithful_on_the_embedded_pair(pair, tokens):
     for model in pair.models:
-        ((read, own),) = real(model.decoder, tokens, (2,), "bfloat16")
+        ((read, own),) = real(model.model, tokens, (2,), "bfloat16")
         assert read.dtype == torch.float32
         assert (read - own).norm() / own.norm() <= 0.01
         assert ((read - own).abs().amax(1) / own.square().mean(1).sqrt()).max() <= 0.05
@@ -48,4 +48,4 @@ def test_at_bfloat16_they_are_faithful_on_the_embedded_pair(pair, tokens):
 
 def test_a_layer_that_is_not_there_is_refused(pair):
     with pytest.raises(InputError, match="layers 0 to 5"):
-        stream_reader(pair.target.decoder, (6,), World.local(device="cpu"))
+        stream_reader(pair.target.model, (6,), World.local(device="cpu"))

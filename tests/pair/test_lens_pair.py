@@ -35,7 +35,7 @@ def test_the_cache_holds_what_run_with_cache_gives(lens_pair, tmp_path):
         stored = torch.cat(list(cache.rows(model.name, 1, "scan").in_order()))
         start = 0
         for text in cache.texts("scan"):
-            _, theirs = model.decoder.hooked.run_with_cache(torch.from_numpy(text.token)[None].long())
+            _, theirs = model.model.hooked.run_with_cache(torch.from_numpy(text.token)[None].long())
             here = stored[start : start + len(text)]
             torch.testing.assert_close(here, theirs["blocks.1.hook_resid_post"][0], atol=1e-4, rtol=1e-4)
             start += len(text)

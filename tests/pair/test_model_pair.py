@@ -154,7 +154,7 @@ def test_a_pair_of_one_model_twice_is_the_same_model_under_two_names(folder):
     write_pair_toml(folder, pair_facts(reference={"name": "standard", "model": "adhd"}))
     pair = load_pair(folder)
     assert pair.reference.sha256 == pair.target.sha256
-    assert torch.equal(pair.reference.decoder.W_U, load_decoder(folder / "adhd").W_U)
+    assert torch.equal(pair.reference.model.W_U, load_decoder(folder / "adhd").W_U)
 
 
 def test_a_pair_is_made_of_transformer_lens_models_in_memory_and_checked_alike(tiny):

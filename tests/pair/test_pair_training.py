@@ -64,7 +64,7 @@ def test_a_trained_pair_loads_and_its_models_differ(whole):
     pair = load_pair(whole)
     assert (pair.reference.name, pair.target.name, pair.context) == ("standard", "adhd", 512)
     assert pair.reference.sha256 != pair.target.sha256
-    assert pair.tokenizer.n_vocab == pair.target.decoder.shape.d_vocab == 405
+    assert pair.tokenizer.n_vocab == pair.target.model.shape.d_vocab == 405
     assert len(pair.phrases) >= 60
 
 
@@ -73,14 +73,14 @@ def test_a_trained_pair_loads_and_its_models_differ(whole):
 def test_transformers_loads_the_folders_as_they_are(whole, name):
     theirs = AutoModelForCausalLM.from_pretrained(whole / name, dtype=torch.float32)
     pair, tokens = load_pair(whole), torch.arange(60)[None]
-    torch.testing.assert_close(pair.model(name).decoder(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(pair.model(name).model(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
     assert theirs.config.pad_token_id == pair.tokenizer.pad_id
 
 
 def test_the_record_says_what_was_made(whole):
     record = json.loads((whole / "training.json").read_text())
     assert record["provenance"]["settings"]["precision"] == "float32"
-    assert record["parameters"] == load_pair(whole).target.decoder.n_parameters
+    assert record["parameters"] == load_pair(whole).target.model.n_parameters
     assert set(record["log"]) == {"common", "standard", "adhd"}
     last = {name: entries[-1]["step"] for name, entries in record["log"].items()}
     assert last["common"] < last["standard"]
@@ -192,7 +192,7 @@ def test_separate_starts_share_nothing(tmp_path):
     one, other = (load_file(tmp_path / name)["model.embed_tokens.weight"].float() for name in WEIGHTS)
     assert torch.cosine_similarity(one, other).abs().mean() < 0.5
     assert set(json.loads((tmp_path / "training.json").read_text())["log"]) == {"standard", "adhd"}
-    assert pair.reference.decoder.shape == pair.target.decoder.shape
+    assert pair.reference.model.shape == pair.target.model.shape
 
 
 def test_an_unknown_preset_is_named(tmp_path):

@@ -54,7 +54,7 @@ def test_the_truth_is_what_full_passes_with_the_edit_say(ground):
     arms = body.arms(models, settings)
     inputs = edited_inputs(arms, few, 1.0)
     for arm in arms:
-        model, name = arm.model.decoder, arm.variant.name
+        model, name = arm.model.model, arm.variant.name
         found = {mode: inputs[name, mode].values(model, few, ground.measure) for mode in (BASE, "single", "joint")}
         row = 0
         for read, every in zip(few.read.batches, few.every.batches, strict=True):

@@ -78,7 +78,7 @@ def test_models_and_dictionary_in_memory_may_lie_apart(toy_pair, gpu_pair, toy_d
     settings = replace(INTERVENE, generations=0, min_firings=1)
     found = [
         ss.intervene(
-            [model.decoder for model in pair.models],
+            [model.model for model in pair.models],
             toy_dictionary.sae,
             feature=FEATURE,
             layer=2,
@@ -99,7 +99,7 @@ def test_layer_curves_and_spliced_losses_agree(toy_pair, gpu_pair, toy_cache, to
     texts = toy_cache.own_texts("scan", "adhd")[:10]
     losses = [
         ce_recovered(
-            pair.target.decoder, toy_dictionary.to(pair.target.decoder.device).sae, texts, 2, only_onsets=True
+            pair.target.model, toy_dictionary.to(pair.target.model.device).sae, texts, 2, only_onsets=True
         ).spliced
         for pair in (toy_pair, gpu_pair)
     ]

@@ -46,7 +46,7 @@ def cause():
 
 @pytest.fixture(scope="module")
 def found(toy_pair, texts, ids, cause):
-    return ss.intervene([model.decoder for model in toy_pair.models], cause, measure=ids, **texts)
+    return ss.intervene([model.model for model in toy_pair.models], cause, measure=ids, **texts)
 
 
 def effects(study):
@@ -66,7 +66,7 @@ def test_the_cause_moves_the_measure_as_predicted_and_the_verdict_says_so(found)
 def test_other_kinds_of_the_same_models_give_the_same_effects(toy_pair, texts, ids, cause, found, tmp_path):
     from transformers import LlamaForCausalLM
 
-    reference, target = (model.decoder for model in toy_pair.models)
+    reference, target = (model.model for model in toy_pair.models)
     hub = LlamaForCausalLM.from_pretrained(save_decoder(reference, tmp_path / "hub", dtype=torch.float32))
     others = [hub, ss.to_hooked_transformer(target)]
     again = ss.intervene(others, cause, measure=ids, **{**texts, "settings": FEW})

@@ -118,7 +118,7 @@ def test_the_gap_is_the_difference_of_the_models_at_the_same_onsets(study, toy_p
     gaps = []
     for prompt, position in zip(rows["prompt"], rows["position"], strict=True):
         tokens = torch.from_numpy(texts[prompt].token.astype(np.int64))[None]
-        masses = [m.decoder(tokens)[0, position].double().softmax(-1)[columns].sum() for m in toy_pair.models]
+        masses = [m.model(tokens)[0, position].double().softmax(-1)[columns].sum() for m in toy_pair.models]
         gaps.append(float(masses[1] - masses[0]))
     assert study.record["gap"]["single"]["mean"] == pytest.approx(np.mean(gaps), abs=1e-6)
     share = next(row["share"] for row in study.record["variants"][0]["single"]["doses"] if row["dose"] == 1.0)
@@ -405,7 +405,7 @@ def test_a_measure_that_no_positive_control_moves_is_invalid_by_gate_6a(
 ):
     from sae_steer.edits.edit import Patch
 
-    own = toy_pair.reference.decoder
+    own = toy_pair.reference.model
 
     def nothing_new(self, tokens):
         return own.resid_posts(tokens, (self.donor.layer,))[self.donor.layer]
@@ -473,7 +473,7 @@ def test_joint_controls_are_read_in_full_only_where_the_verdict_turns_on_them(
 def test_joint_controls_stop_being_read_once_no_more_of_them_could_make_the_edit_special(
     toy_pair, toy_cache, toy_dictionary, monkeypatch
 ):
-    cause, other = torch.eye(toy_pair.target.decoder.shape.d_model)[[CAUSE, CAUSE + 3]]
+    cause, other = torch.eye(toy_pair.target.model.shape.d_model)[[CAUSE, CAUSE + 3]]
     half = SIZE * (cause + other)  # what goes along the cause alone goes further
     monkeypatch.setattr(families, "isotropic", lambda count, *a: cause.repeat(count, 1))
     monkeypatch.setattr(readings, "ROUND", 5)
@@ -517,7 +517,7 @@ def test_only_a_family_that_is_ranked_can_end_the_reading():
 def test_positive_controls_that_move_nothing_fail_gate_6b(toy_pair, toy_cache, toy_dictionary, monkeypatch):
     from sae_steer.edits.arms import Bench
 
-    idle = torch.eye(toy_pair.target.decoder.shape.d_model)[CAUSE + 3]
+    idle = torch.eye(toy_pair.target.model.shape.d_model)[CAUSE + 3]
     monkeypatch.setattr(Bench, "_positives", lambda *a: {"mean difference": idle})
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "6b")
     assert failed == ["inject", "upstream"], "less of the stream leaves the final norm more of the cause: subtract"
