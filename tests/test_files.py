@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_steer import world
+import sae_steer
 from sae_steer.errors import SteerError
 from sae_steer.files import read_tensors, replacing, sha256, sweep, timed, write_tensors, write_text
 from sae_steer.randomness import generator
@@ -102,7 +102,7 @@ def test_the_unfinished_file_of_a_killed_process_is_what_sweep_looks_for(tmp_pat
         "import os, sys; from pathlib import Path; from sae_steer.files import replacing\n"
         "with replacing(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
-    root = str(Path(world.__file__).parents[1])
+    root = str(Path(sae_steer.__file__).parents[1])
     command = [sys.executable, "-c", script, str(tmp_path / "note.txt")]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, check=False)
     assert len(list(tmp_path.iterdir())) == 1

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_steer import world
+import sae_steer
 from sae_steer.errors import InputError
 from sae_steer.randomness import generator
-from sae_steer.world import World, in_threads
+from sae_steer.world import World, _own_gpu, in_threads
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_two_processes_agree_and_the_loss_of_one_is_told_in_one_line():
         port = free.getsockname()[1]
     ran = subprocess.run(
         [sys.executable, "-c", TWO, str(port)], capture_output=True, text=True, timeout=100,
-        env={**os.environ, "PYTHONPATH": str(Path(world.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(sae_steer.__file__).parents[1])},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("process 1 of 2 stops because another one did; what is finished is kept")
@@ -112,6 +112,6 @@ def test_two_processes_agree_and_the_loss_of_one_is_told_in_one_line():
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert world._own_gpu(0) == torch.device("cuda", 0)
+    assert _own_gpu(0) == torch.device("cuda", 0)
     with pytest.raises(InputError, match="process 2 of this node finds 1 GPU, and each process takes one; start one"):
-        world._own_gpu(1)
+        _own_gpu(1)

@@ -17,7 +17,10 @@ from sae_steer.settings import PRESETS, PairTrainingSettings
     "--init", type=click.Choice(["shared", "separate"]), default=PairTrainingSettings.init,
     help="shared: both continue one model trained on an equal mix; separate: two random starts.",
 )  # fmt: skip
-@click.option("--twin", is_flag=True, help="Also train a twin of the target: the same text in another order.")
+@click.option(
+    "--twin/--no-twin", default=PairTrainingSettings.twin, show_default="no-twin",
+    help="Also train a twin of the target: the same text in another order.",
+)  # fmt: skip
 @click.option("--tokens", default=PairTrainingSettings.tokens, type=COUNT, help="Training tokens a model.")
 @click.option("--lr", default=PairTrainingSettings.lr, help="Peak learning rate.")
 @click.option("--precision", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Of matrix products.")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sae_steer
 from sae_steer.sae import learner
 from sae_steer.sae.architectures import ARCHITECTURES
 from sae_steer.sae.training import Job, train, train_dictionary
@@ -39,7 +40,7 @@ def test_two_processes_learn_what_one_learns(planted, short: SAESettings, world:
     settings = [replace(short, architecture=architecture) for architecture in ARCHITECTURES]
     script, out = tmp_path / "two.py", tmp_path / "two.safetensors"
     script.write_text(TWO.format(tests=str(Path(__file__).parent), settings=settings, out=str(out)))
-    root = Path(world.__file__).parents[1]
+    root = Path(sae_steer.__file__).parents[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import sae_steer
 from sae_steer.errors import StaleError, SteerError
 from sae_steer.files import read_tensors
 from sae_steer.sae import learner
@@ -203,7 +204,7 @@ def test_kill_9_then_again_equals_uninterrupted(
 ) -> None:
     path = tmp_path / "state.safetensors"
     script = SLOW_RUN.format(tests=str(Path(__file__).parent), settings=short, path=str(path))
-    root = Path(world.__file__).parents[1]
+    root = Path(sae_steer.__file__).parents[1]
     process = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(root)})
     try:
         deadline = time.monotonic() + 60
