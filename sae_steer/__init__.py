@@ -48,7 +48,7 @@ _HOME = {
     "load_dictionary": "dictionary",
     "load_pair": "pair.model_pair",
     "load_sae": "sae.saelens.files",
-    "pretrained_saelens": "sae.saelens.adapter",
+    "pretrained_saelens": "sae.saelens.reading",
     "sample_plans": "pair.quality",
     "save_sae": "sae.saelens.files",
     "scan_features": "scan",

@@ -11,11 +11,13 @@ import torch
 from sae_steer.cache import ActivationCache, site
 from sae_steer.errors import InputError
 from sae_steer.files import sha256, sweep
+from sae_steer.model.lens import official_name
 from sae_steer.pair.model_pair import NamedModel
 from sae_steer.records import already_done, provenance, read_table, write_json, write_table
 from sae_steer.sae.architectures import SparseDictionary, on_device
 from sae_steer.sae.evaluation import SAEMetrics, evaluate
 from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
+from sae_steer.sae.origin import Origin
 from sae_steer.sae.saelens.files import WEIGHTS_FILE, load_sae, read_metadata, save_sae
 from sae_steer.sae.stability import MOST_FEATURES, SeedFolder, SeedStability, find_or_compare, load_stability
 from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
@@ -236,6 +238,7 @@ def load_dictionary(folder: Path, *, model: NamedModel | None = None, layer: int
         raise InputError(f"no dictionary in {folder}; run `sae-steer train-sae` first, or name one with --sae")
     sae, known = load_sae(folder).requires_grad_(False), read_metadata(folder)
     if {"model", "layer", "model_sha256"} <= known.keys():
+        sae.origin.check_stream(known["layer"])
         weights = sha256(folder / WEIGHTS_FILE)
         return Dictionary(sae, known["model"], known["layer"], known, weights, load_stability(folder, weights))
     if model is None or layer is None:
@@ -248,16 +251,27 @@ def load_dictionary(folder: Path, *, model: NamedModel | None = None, layer: int
 
 def adopt_dictionary(sae: SparseDictionary, *, model: NamedModel, layer: int) -> Dictionary:
     """A dictionary made elsewhere, taken as one of `model`'s stream after block `layer`."""
-    hook = getattr(sae, "hook", None)
-    if hook and hook not in (site(layer), f"blocks.{layer + 1}.hook_resid_pre"):  # one stream by two names
-        raise InputError(
-            f"this dictionary says it reads {hook}, and {site(layer)} was asked for; name the layer it was trained on "
-            "(what enters block N is layer N - 1)"
-        )
+    origin = getattr(sae, "origin", Origin())
+    origin.check_stream(layer)
+    _check_model(origin, model)
     weights = sorted(sae.state_dict().items())
     parts = (part for name, weight in weights for part in (name.encode(), weight.float().cpu().numpy().tobytes()))
     record = {"model": model.name, "layer": layer, "model_sha256": model.sha256, "hook": site(layer), "adopted": True}
     return Dictionary(sae, model.name, layer, record, sha256(*parts))
+
+
+def _check_model(origin: Origin, model: NamedModel) -> None:
+    """Raise `InputError` if the dictionary and the model are both known to the public, by different names."""
+    names = [name for name in (origin.model, model.published_as) if name]
+    if len({name.rsplit("/", 1)[-1].lower() for name in names}) < 2:
+        return
+    stated, own = (official_name(name) for name in names)
+    if None not in (stated, own) and stated != own:
+        raise InputError(
+            f"this dictionary says it was trained on {origin.model}, and model '{model.name}' is "
+            f"{model.published_as}; give a dictionary of that model, or take model_name out of the metadata in its "
+            "cfg.json to read another model with it all the same"
+        )
 
 
 def check_fits(dictionary: Dictionary, cache: ActivationCache) -> None:

@@ -49,7 +49,7 @@ class FiringCounter:
     ) -> None:
         """Count a batch; `task` is -1 for rows that are counted by cell alone."""
         codes = sae.encode(resid)
-        fires = codes.values > 0
+        fires = codes.values != 0
         rows, features, d_sae = codes.rows[fires], codes.indices[fires], self.hits.shape[1]
         for counts, group in ((self.hits, cell), (self.task_hits, task)):
             mine = torch.from_numpy(group)[rows]

@@ -11,7 +11,15 @@ import torch
 from tiny_pair import SHAPE, lively, write_pair
 
 from sae_steer.cache import ActivationCache, cache_activations
-from sae_steer.dictionary import Wanted, check_fits, default_folder, load_dictionary, train_sae, train_saes
+from sae_steer.dictionary import (
+    Wanted,
+    adopt_dictionary,
+    check_fits,
+    default_folder,
+    load_dictionary,
+    train_sae,
+    train_saes,
+)
 from sae_steer.edits.edit import ZeroAblate
 from sae_steer.errors import InputError, StaleError
 from sae_steer.info import describe
@@ -23,6 +31,7 @@ from sae_steer.records import read_json, read_table
 from sae_steer.sae.evaluation import evaluate
 from sae_steer.sae.log import Quiet, StepFacts
 from sae_steer.sae.saelens.adapter import sae_lens
+from sae_steer.sae.saelens.reading import saelens_in_memory
 from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.stability import seed_stability
 from sae_steer.scan import scan_features
@@ -298,6 +307,60 @@ def test_trackers_are_told_in_the_first_ones_folder_and_change_no_byte(small, wh
     assert [told.value for told in found.Scalars("loss")] == pytest.approx([loss for _, loss in steps])
     with pytest.raises(InputError, match="no log 'mlflow'"):
         train_sae(small, model="adhd", layer=2, out=tmp_path / "b", settings=SETTINGS, trackers=("mlflow",))
+
+
+@pytest.mark.parametrize("kind", ["TopKSAE", "JumpReLUSAE", "StandardSAE"])
+def test_the_case_of_a_foreign_site_is_refused_for_every_architecture_and_in_memory(tiny, tmp_path, kind):
+    inner = untrained(kind, hook_name="blocks.5.hook_mlp_out")
+    inner.save_model(tmp_path)
+    refused = r"it reads blocks\.5\.hook_mlp_out, and blocks\.2\.hook_resid_post was asked for"
+    with pytest.raises(InputError, match=refused):
+        load_dictionary(tmp_path, model=tiny.target, layer=2)
+    with pytest.raises(InputError, match=refused):
+        adopt_dictionary(saelens_in_memory(inner, "the SAE in memory"), model=tiny.target, layer=2)
+
+
+def test_one_of_ours_whose_config_names_another_site_is_refused(whole, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "mine"))
+    config = json.loads((folder / "cfg.json").read_text())
+    assert config["metadata"]["hook_name"] == "blocks.2.hook_resid_post", "SAELens's users read it there"
+    config["metadata"]["hook_name"] = "blocks.1.hook_resid_post"
+    (folder / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"it reads blocks\.1\.hook_resid_post"):
+        load_dictionary(folder)
+
+
+@pytest.mark.parametrize(
+    ("stated", "came_from", "fits"),
+    [
+        ("gpt2-small", "tl:gpt2", True),
+        ("gpt2", "hub:openai-community/gpt2", True),
+        ("custom", "hub:openai-community/gpt2", True),
+        ("my-run-3", "tl:gpt2", True),
+        ("gpt2-medium", "standard", True),
+        ("gpt2-medium", "tl:gpt2", False),
+        ("EleutherAI/pythia-70m-deduped", "hub:EleutherAI/pythia-70m", False),
+        ("someone/standard-23M", "hub:someone/adhd-23M@main", False),
+    ],
+)
+def test_a_dictionary_of_another_public_model_is_refused(tiny, stated, came_from, fits):
+    model = replace(tiny.target, source={"from": came_from})
+    sae = saelens_in_memory(untrained("TopKSAE", model_name=stated), "the SAE in memory")
+    if fits:
+        assert adopt_dictionary(sae, model=model, layer=2).model == "adhd"
+        return
+    with pytest.raises(InputError, match=f"it was trained on {stated}, and model 'adhd' is"):
+        adopt_dictionary(sae, model=model, layer=2)
+
+
+def untrained(kind: str, **metadata: str):
+    """A SAELens dictionary of the tiny models' width that says where it reads."""
+    package = sae_lens()
+    options = {"k": 8} if kind == "TopKSAE" else {}
+    inner = getattr(package, kind)(getattr(package, f"{kind}Config")(d_in=SHAPE.d_model, d_sae=40, **options))
+    for name, value in metadata.items():
+        inner.cfg.metadata[name] = value
+    return inner
 
 
 def test_a_dictionary_of_what_enters_a_block_is_one_of_the_layer_below(tiny, tmp_path):

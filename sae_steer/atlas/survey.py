@@ -110,7 +110,7 @@ class Survey:
         """Onsets at which controls are read, those for ablation alone at the end, and how many the others are."""
         return ranked_onsets(
             self.onsets.task,
-            (self.contribution > 0).cpu().numpy(),
+            (self.contribution != 0).cpu().numpy(),
             count=self.settings.null_onsets,
             firings=self.settings.ablation_onsets,
             seed=self.settings.seed,
@@ -120,7 +120,7 @@ class Survey:
     def taken(self) -> Float[np.ndarray, "ranked feature"]:
         """How far each tested feature's ablation moves the stream at the ranked onsets."""
         lengths = self.decoder[list(self.tested)].norm(dim=1)
-        return (self.contribution * lengths)[torch.from_numpy(self.ranked[0])].double().cpu().numpy()
+        return (self.contribution.abs() * lengths)[torch.from_numpy(self.ranked[0])].double().cpu().numpy()
 
     def _place(self, *variants: Variant) -> Place:
         bench, settings, variant = self.bench, self.settings, variants[0]
@@ -193,7 +193,7 @@ class Survey:
             effect, self.gap(charts)[:, None], task, share=settings.bound_share, cap=settings.bound_cap,
             draws=settings.bootstrap_draws, seed=settings.seed,
         )  # fmt: skip
-        firings = (self.contribution > 0).sum(0).cpu().numpy()
+        firings = (self.contribution != 0).sum(0).cpu().numpy()
         rare = np.concatenate([(firings < settings.min_firings) & (c.variant.name == ABLATION) for c in charts])
         p = np.concatenate([chart.null.p for chart in charts])
         p_beyond = np.minimum(compared.p_above, compared.p_below)  # of the two sides one is near 1: one test, not two

@@ -34,7 +34,7 @@ class FiringProfile:
 
     rate: Float[np.ndarray, " d_sae"]
     size: Float[np.ndarray, " d_sae"]
-    """Mean value where active, times the length of the decoder row; 0 for a silent feature."""
+    """Mean absolute value where active, times the length of the decoder row; 0 for a silent feature."""
 
     @classmethod
     @torch.no_grad()
@@ -44,7 +44,7 @@ class FiringProfile:
         for chunk in rows.split(CHUNK):
             codes = sae.encode(chunk)
             fired += codes.firings.cpu().numpy()
-            total += np.bincount(codes.indices.cpu(), codes.values.double().cpu(), sae.config.d_sae)
+            total += np.bincount(codes.indices.cpu(), codes.values.abs().double().cpu(), sae.config.d_sae)
         size = np.divide(total, fired, out=np.zeros(len(total)), where=fired > 0)
         return cls(fired / len(rows), size * decoder_rows(sae).double().norm(dim=1).cpu().numpy())
 

@@ -51,7 +51,7 @@ def feature_directions(
 ) -> list[Direction | None]:
     """`feature_direction` of each feature, from one reading of the rows."""
     codes = sae.encode(rows)
-    fires = codes.values > 0
+    fires = codes.values != 0
     order = codes.indices[fires].argsort(stable=True)
     index, value, row = (part[fires][order].cpu().numpy() for part in (codes.indices, codes.values, codes.rows))
     return [
@@ -70,8 +70,9 @@ def _of_feature(
     where = f"{len(active)} active rows of the tune split, {int(at_onset.sum())} of them onsets"
     if at_onset.sum() >= ENOUGH_ONSETS:
         active, where = active[at_onset], f"{int(at_onset.sum())} active onsets of the tune split"
-    s = float(np.median(active)) * float(row.norm())
-    return Direction(f"feature {feature}", row / row.norm(), s, where, sae, feature)
+    side = -1.0 if (active < 0).mean() > 0.5 else 1.0  # a feature with two sides points where it mostly fires
+    s = float(np.median(np.abs(active))) * float(row.norm())
+    return Direction(f"feature {feature}", side * row / row.norm(), s, where, sae, feature)
 
 
 def mean_difference(

@@ -44,7 +44,7 @@ def why_untested(firings: dict, name: str) -> str | None:
 def _fires(model: LanguageModel, layer: int, direction: Direction, rows: OnsetRows) -> np.ndarray:
     assert direction.sae is not None
     assert direction.feature is not None
-    return (direction.sae.activation_of(onset_stream(model, layer, rows), direction.feature) > 0).cpu().numpy()
+    return (direction.sae.activation_of(onset_stream(model, layer, rows), direction.feature) != 0).cpu().numpy()
 
 
 @torch.no_grad()

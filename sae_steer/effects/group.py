@@ -51,9 +51,9 @@ def features_like(
     assert sae is not None, "only a feature of a dictionary has others like it"
     assert feature is not None, "only a feature of a dictionary has others like it"
     codes = sae.encode(rows[np.flatnonzero(is_onset)])
-    fires = codes.of_feature(feature) > 0
+    fires = codes.of_feature(feature) != 0
     together = np.bincount(
-        codes.indices[fires[codes.rows] & (codes.values > 0)].cpu(), minlength=sae.config.d_sae
+        codes.indices[fires[codes.rows] & (codes.values != 0)].cpu(), minlength=sae.config.d_sae
     ) / max(int(fires.sum()), 1)
     decoder = decoder_rows(sae).double()
     cosine = (

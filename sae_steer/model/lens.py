@@ -302,6 +302,23 @@ def load_lens(name: str) -> LensModel:
     return LensModel(hooked)
 
 
+def official_name(name: str) -> str | None:
+    """What TransformerLens calls the model of that name or alias, in lower case and without its owner.
+
+    Names it does not know are their own if they have an owner (ORG/NAME); others may mean anything: None.
+    """
+    from transformer_lens.loading_from_pretrained import get_official_model_name
+
+    known = name if "/" in name else None
+    for alias in (name, name.rsplit("/", 1)[-1]):
+        try:
+            known = get_official_model_name(alias)
+            break
+        except ValueError:
+            continue
+    return known and known.rsplit("/", 1)[-1].lower()
+
+
 def tokenizer_json(model: LensModel) -> str | None:
     """The tokenizer.json of the tokenizer that came with the model; None if there is none of that kind."""
     backend = getattr(model.hooked.tokenizer, "backend_tokenizer", None)

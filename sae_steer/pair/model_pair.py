@@ -31,8 +31,9 @@ import torch
 from sae_steer.corpus import OnsetRule, PlanTokenizer
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
+from sae_steer.model.hub import HUB
 from sae_steer.model.language_model import LanguageModel, fingerprint
-from sae_steer.model.sources import load_model
+from sae_steer.model.sources import LENS, load_model
 from sae_steer.pair.pair_file import FILE, PairFile, write_pair_toml
 
 __all__ = ["ModelPair", "NamedModel", "load_pair", "write_pair_toml"]
@@ -63,6 +64,15 @@ class NamedModel:
         from sae_steer.model.lens import adapt
 
         return cls(name, adapt(model), tokenizer)
+
+    @property
+    def published_as(self) -> str | None:
+        """What the public calls it, ORG/NAME or TransformerLens's name, where it came by such a name."""
+        came_from = self.source.get("from", "")
+        for prefix in (HUB, LENS):
+            if came_from.startswith(prefix):
+                return came_from.removeprefix(prefix).partition("@")[0]
+        return getattr(self.model.shape, "model_name", None)
 
     @property
     def names_read(self) -> dict:

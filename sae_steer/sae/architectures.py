@@ -10,7 +10,7 @@ alone: a dictionary learned with either is read as a JumpReLU with one threshold
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sae_steer.errors import InputError
 from sae_steer.sae.codes import SparseCodes
+from sae_steer.sae.origin import Origin
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "jumprelu")
 """What this package learns on its own kernels."""
@@ -96,6 +97,8 @@ class LinearSAE(nn.Module):
     """A dictionary with one encoder and one decoder matrix; what fires is left to `_select`."""
 
     config: SAEConfig
+    origin: Origin = Origin()
+    """What its file says of where it was trained."""
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
@@ -111,19 +114,25 @@ class LinearSAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "row d_in"]) -> SparseCodes:
-        """f of each row, at the precision of the surrounding `world.compute()`; no gradient."""
+        """f of each row, at the precision of the surrounding `world.compute()`; no gradient.
+
+        Weights or rows of 16 bits are widened: rounded sums would let other features fire.
+        """
         if x.shape[1] != self.config.d_in:
             raise InputError(
                 f"these rows have {x.shape[1]} dimensions and the dictionary reads {self.config.d_in}; "
                 f"use the dictionary trained on this model and layer"
             )
-        slabs = (x - self.b_dec).split(SLAB)
-        return SparseCodes.joined([self._select(torch.addmm(self.b_enc, slab, self.W_enc).to(x)) for slab in slabs])
+        wide = torch.promote_types(torch.promote_types(x.dtype, self.W_enc.dtype), torch.float32)
+        W_enc, b_enc = self.W_enc.to(wide), self.b_enc.to(wide)
+        slabs = (x.to(wide) - self.b_dec.to(wide)).split(SLAB)
+        codes = SparseCodes.joined([self._select(torch.addmm(b_enc, slab, W_enc).to(wide)) for slab in slabs])
+        return replace(codes, values=codes.values.to(x))
 
     @torch.no_grad()
     def decode(self, codes: SparseCodes) -> Float[Tensor, "row d_in"]:
         """x_hat = f @ W_dec + b_dec."""
-        return codes.weighted_sum(self.W_dec) + self.b_dec
+        return codes.weighted_sum(self.W_dec.to(codes.values)) + self.b_dec.to(codes.values)
 
     def forward(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
         """x_hat of x."""
@@ -135,9 +144,10 @@ class LinearSAE(nn.Module):
         return self.encode(x).of_feature(feature)
 
     def direction(self, feature: int) -> Float[Tensor, " d_in"]:
-        """What one unit of the feature adds to a row: W_dec[feature]."""
+        """What one unit of the feature adds to a row: W_dec[feature], in float32 at least."""
         self._check(feature)
-        return self.W_dec[feature].detach()
+        row = self.W_dec[feature].detach()
+        return row.to(torch.promote_types(row.dtype, torch.float32))
 
     @torch.no_grad()
     def scaled(self, factor: float) -> "LinearSAE":

@@ -16,7 +16,8 @@ class SparseCodes:
     """f of a batch: code c says that feature indices[c] has value values[c] in row rows[c]; all else is zero."""
 
     values: Float[Tensor, " code"]
-    """None below zero; a code may be zero, where a row has fewer than k features above it."""
+    """A code may be zero, where a row has fewer than k features above it, and below zero in dictionaries of SAELens
+    whose features have two sides (`abstopk`)."""
     indices: Int[Tensor, " code"]
     """Of a row each feature at most once, in no order."""
     starts: Int[Tensor, " boundary"]
@@ -26,7 +27,7 @@ class SparseCodes:
     @classmethod
     def from_dense(cls, f: Float[Tensor, "row d_sae"]) -> "SparseCodes":
         """The codes of a dense matrix of them."""
-        return cls.where(f > 0, f)
+        return cls.where(f != 0, f)
 
     @classmethod
     def where(cls, fires: Bool[Tensor, "row d_sae"], f: Float[Tensor, "row d_sae"]) -> "SparseCodes":
@@ -59,9 +60,9 @@ class SparseCodes:
 
     @property
     def firings(self) -> Int[Tensor, " {self.d_sae}"]:
-        """How many rows each feature fires in, that is has a value above zero."""
+        """How many rows each feature fires in, that is has a value other than zero."""
         zeros = torch.zeros(self.d_sae, dtype=torch.long, device=self.values.device)
-        return zeros.index_add_(0, self.indices, (self.values > 0).long())
+        return zeros.index_add_(0, self.indices, (self.values != 0).long())
 
     def of_feature(self, feature: int) -> Float[Tensor, " row"]:
         """One feature's value in each row."""

@@ -6,7 +6,7 @@ others, and the rest is what the verdict rests on.
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sae_steer.dictionary import adopt_dictionary
 from sae_steer.edits.arms import Bench
 from sae_steer.edits.directions import feature_direction, of_vector
 from sae_steer.errors import InputError
+from sae_steer.model.hub import HUB
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.loading import load_decoder
 from sae_steer.model.readout import Measure, TargetMass
@@ -117,9 +118,7 @@ def intervene_in_memory(
     Raises:
         InputError: too few clusters, a direction or dictionary of another width, no position marked.
     """
-    reference, target = (
-        NamedModel.of(name, _model(m)) for name, m in zip(("reference", "target"), _two(models), strict=True)
-    )
+    reference, target = (_named(name, m) for name, m in zip(("reference", "target"), _two(models), strict=True))
     target.model.check_layer(layer, "the target model")
     found = measure if callable(measure) else TargetMass(tuple(int(token) for token in measure))
     probability = isinstance(found, TargetMass)
@@ -152,6 +151,13 @@ def _two(models: ModelPair | Sequence[Any]) -> Sequence[Any]:
     return models
 
 
+def _named(name: str, model: Any) -> NamedModel:
+    """The model under its name in the study, and the name transformers loaded it by, if it is no folder's."""
+    named = NamedModel.of(name, _model(model))
+    loaded_as = getattr(getattr(model, "config", None), "name_or_path", None) or ""
+    return replace(named, source={"from": HUB + loaded_as}) if loaded_as and not Path(loaded_as).exists() else named
+
+
 def _model(model: Any) -> Any:
     """A model the package runs; a Hugging Face Llama becomes the native decoder, through its own files."""
     if isinstance(model, LanguageModel) or not hasattr(model, "save_pretrained"):
@@ -165,7 +171,7 @@ def _model(model: Any) -> Any:
 def _dictionary(subject: Any) -> SparseDictionary:
     if isinstance(subject, SparseDictionary):
         return subject
-    from sae_steer.sae.saelens.adapter import SAELensDictionary, pretrained_saelens
+    from sae_steer.sae.saelens.reading import pretrained_saelens, saelens_in_memory
 
     if isinstance(subject, tuple):
         return pretrained_saelens(*subject)
@@ -174,7 +180,7 @@ def _dictionary(subject: Any) -> SparseDictionary:
             f"a {type(subject).__name__} is neither a vector nor a dictionary; give a tensor, a dictionary, a SAELens "
             "object, or the (release, sae_id) of one"
         )
-    return SAELensDictionary(subject, "the SAE in memory")
+    return saelens_in_memory(subject, "the SAE in memory")
 
 
 def _direction(bench: Bench, subject: Any, sae: SparseDictionary | None, feature: int | None, confirm: Sequence[Text]):

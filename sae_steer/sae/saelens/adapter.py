@@ -1,39 +1,29 @@
-"""Any dictionary SAELens can read, as one of ours: loaded by sae_lens itself, seen as a `SparseDictionary`.
+"""A sae_lens dictionary seen as a `SparseDictionary`.
 
-1. Folders: SAELens's of any version (cfg.json, sae_weights.safetensors), Gemma Scope's (params.npz), and
-   released ids (`SAE.from_pretrained`).
-2. A code times the feature's direction is what the feature adds to the row, whatever the dictionary does inside:
+1. A code times the feature's direction is what the feature adds to the row, whatever the dictionary does inside:
    where codes are scaled by decoder norms the direction has norm one, and where each row is normalised
    (`layer_norm`, `constant_norm_rescale`) the codes carry the row's own scale.
-3. Refused, because rows of one residual stream are not what they read or write: transcoders, dictionaries of
+2. Refused, because rows of one residual stream are not what they read or write: transcoders, dictionaries of
    attention heads (`hook_z`), and temporal ones, whose codes depend on the text before.
 
-The only module besides `saelens_training` that imports sae_lens, and it does so when called: that takes seconds.
+sae_lens is imported when called: that takes seconds.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from threading import Lock
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sae_steer.errors import InputError
 from sae_steer.sae.architectures import SLAB, SAEConfig
 from sae_steer.sae.codes import SparseCodes
+from sae_steer.sae.origin import Origin
 
-GEMMA_SCOPE_FILE = "params.npz"
-SCALER_FILE = "activation_scaler.json"
-
-_UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, SafetensorError)
-"""What sae_lens raises for files it cannot read, depending on what is wrong with them."""
 _ROW_NORMS = ("layer_norm", "constant_norm_rescale")
 _KEEPS_SCALES = Lock()
 
@@ -50,20 +40,17 @@ def sae_lens() -> ModuleType:
 class SAELensDictionary(nn.Module):
     """A sae_lens dictionary of any inference architecture that reads and writes rows of one stream."""
 
-    def __init__(self, inner: nn.Module, name: str) -> None:
+    def __init__(self, inner: nn.Module, name: str, origin: Origin | None = None) -> None:
+        """`inner` is kept, not copied; `origin` None takes what its own metadata says."""
         super().__init__()
         facts = inner.cfg
         _check_usable(facts, name)
         self.inner, self.name = inner.requires_grad_(False), name
+        self.origin = Origin.of(facts.to_dict()) if origin is None else origin
         self.config = SAEConfig(
             d_in=facts.d_in, d_sae=facts.d_sae, dtype=facts.dtype.removeprefix("torch."),
             architecture=f"saelens:{facts.architecture()}",
         )  # fmt: skip
-
-    @property
-    def hook(self) -> str | None:
-        """The site its metadata names, such as `blocks.2.hook_resid_post`."""
-        return self.inner.cfg.metadata.hook_name
 
     def to(self, *arguments: Any, **options: Any) -> "SAELensDictionary":
         """Moved by SAELens itself, which remembers where it is."""
@@ -146,41 +133,6 @@ class SAELensDictionary(nn.Module):
             )
 
 
-def load_saelens(folder: Path, *, device: str = "cpu") -> SAELensDictionary:
-    """The dictionary in a folder of SAELens (any version) or Gemma Scope; nothing is unpickled."""
-    folder = Path(folder)
-    package = sae_lens()
-    converter = {}
-    if (folder / GEMMA_SCOPE_FILE).is_file():
-        converter = {"converter": _read_gemma_scope}
-    with _told(folder):
-        inner = package.SAE.load_from_disk(folder, device=device, **converter)
-        if (folder / SCALER_FILE).is_file():
-            _fold_scaler(inner, folder)
-    return SAELensDictionary(inner, str(folder))
-
-
-def pretrained_saelens(release: str, sae_id: str, *, device: str = "cpu") -> SAELensDictionary:
-    """The released dictionary of `SAE.from_pretrained(release, sae_id)`, fetched from the hub or its local copy."""
-    with _told(f"{release}/{sae_id}"):
-        return SAELensDictionary(sae_lens().SAE.from_pretrained(release, sae_id, device=device), f"{release}/{sae_id}")
-
-
-@contextmanager
-def _told(what: Path | str) -> Iterator[None]:
-    """Turns what sae_lens raises into one line about `what`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        except _UNREADABLE as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise InputError(
-                f"{what} cannot be read as a SAELens dictionary ({type(error).__name__}: {reason}); "
-                "it needs cfg.json and sae_weights.safetensors, or params.npz: save it again"
-            ) from error
-
-
 def _check_usable(facts, name: str) -> None:
     kind = facts.architecture()
     reason = None
@@ -196,30 +148,3 @@ def _check_usable(facts, name: str) -> None:
         raise InputError(
             f"{name} is of architecture '{kind}' and {reason}; give a dictionary of the residual stream's raw rows"
         )
-
-
-def _fold_scaler(inner: nn.Module, folder: Path) -> None:
-    """Fold the scale a SAELens training checkpoint keeps beside its weights, which its own loader leaves out."""
-    from sae_lens.training.activation_scaler import ActivationScaler
-
-    scaler = ActivationScaler()
-    scaler.load(folder / SCALER_FILE)
-    if scaler.scaling_factor is not None and inner.cfg.normalize_activations == "expected_average_only_in":
-        inner.fold_activation_norm_scaling_factor(scaler.scaling_factor)
-
-
-def _read_gemma_scope(
-    path: str | Path, device: str = "cpu", cfg_overrides: dict | None = None
-) -> tuple[dict, dict[str, Tensor]]:
-    """Config and weights of Gemma Scope's params.npz (2408.05147), as SAELens' loader of that release makes them."""
-    with np.load(Path(path) / GEMMA_SCOPE_FILE, allow_pickle=False) as arrays:
-        weights = {
-            (f"W_{key[2:]}" if key.startswith("w_") else key): torch.tensor(arrays[key]).float().to(device)
-            for key in arrays
-        }
-    d_in, d_sae = weights["W_enc"].shape
-    facts = {
-        "architecture": "jumprelu", "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": device,
-        "apply_b_dec_to_input": False, "normalize_activations": "none",
-    }  # fmt: skip
-    return facts | (cfg_overrides or {}), weights

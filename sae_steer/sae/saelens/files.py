@@ -1,13 +1,16 @@
 """Dictionaries in SAELens' own files: a folder with cfg.json and sae_weights.safetensors.
 
-TopK and JumpReLU are written and read without importing sae_lens, which takes eight seconds;
-`sae_lens.SAE.load_from_disk` reads the same folder to the same numbers. All else SAELens can read goes through it.
+TopK and JumpReLU of SAELens 6 are written and read without importing sae_lens, which takes eight seconds;
+`sae_lens.SAE.load_from_disk` reads the same folder to the same numbers. All else SAELens can read, configs of older
+versions among them, goes through it.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -15,6 +18,7 @@ from torch import Tensor
 from sae_steer.errors import InputError
 from sae_steer.files import replacing, write_text
 from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, SparseDictionary, TopKConfig, TopKSAE
+from sae_steer.sae.origin import Origin
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -26,6 +30,7 @@ NATIVE = {
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 _FORMAT_VERSION = "6.54.12"  # the SAELens release whose format this is; below 6.0.0 it drops the metadata
+_ASSUMED = {"k": 100}  # what SAELens takes where a config is silent
 _UNCHANGED = {  # what SAELens can do to rows and codes, and this package's own dictionaries do not
     "rescale_acts_by_decoder_norm": False,
     "apply_b_dec_to_input": True,
@@ -41,7 +46,10 @@ def save_sae(sae: SparseDictionary, folder: Path, *, metadata: dict) -> Path:
     """
     folder = Path(folder)
     facts = _native_facts(sae) if isinstance(sae, LinearSAE) else sae.facts()
-    facts["metadata"] = {**facts["metadata"], "sae_steer": metadata}
+    origin = getattr(sae, "origin", Origin())
+    stated = {"hook_name": origin.hook or metadata.get("hook"), "model_name": origin.model or metadata.get("model")}
+    stated = {name: value for name, value in stated.items() if value}
+    facts["metadata"] = {**facts["metadata"], **stated, "sae_steer": metadata}
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     with replacing(folder / WEIGHTS_FILE) as scratch:
         save_file({name: weight.cpu().contiguous() for name, weight in sae.state_dict().items()}, scratch)
@@ -55,15 +63,27 @@ def load_sae(folder: Path) -> SparseDictionary:
     if not (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
         raise _not_whole(folder)
     facts = _read_config(folder) if (folder / CONFIG_FILE).is_file() else {}
-    if facts.get("architecture") in NATIVE and all(
-        facts.get(name, usual) == usual for name, usual in _UNCHANGED.items()
-    ):
-        return _load_native(folder, facts)
+    if _is_of_version_6(facts) and is_plain(facts):
+        return native_sae(facts, _read_weights(folder), Origin.of(facts), str(folder))
     if not folder.is_dir():
         raise _not_whole(folder)
-    from sae_steer.sae.saelens.adapter import load_saelens
+    from sae_steer.sae.saelens.reading import load_saelens
 
     return load_saelens(folder)
+
+
+def is_plain(facts: dict) -> bool:
+    """Whether a config of SAELens 6 describes what this package has code of its own for."""
+    unchanged = all(facts.get(name, usual) == usual for name, usual in _UNCHANGED.items())
+    return facts.get("architecture") in NATIVE and unchanged
+
+
+def _is_of_version_6(facts: dict) -> bool:
+    """Whether SAELens takes the config as it stands; it reads older ones by other rules."""
+    metadata = facts.get("metadata")
+    version = facts.get("sae_lens_version") or (isinstance(metadata, dict) and metadata.get("sae_lens_version"))
+    major = re.match(r"(\d+)\.", version) if isinstance(version, str) else None
+    return major is not None and int(major[1]) >= 6
 
 
 def _native_facts(sae: LinearSAE) -> dict[str, Any]:
@@ -78,20 +98,27 @@ def _native_facts(sae: LinearSAE) -> dict[str, Any]:
     }
 
 
-def _load_native(folder: Path, facts: dict) -> LinearSAE:
+def native_sae(facts: dict, weights: dict[str, Tensor], origin: Origin, name: str) -> LinearSAE:
+    """The dictionary that a plain config of SAELens 6 and its weights describe; `name` is what errors call it."""
     kind, config, names = NATIVE[facts["architecture"]]
     dtype = str(facts.get("dtype")).removeprefix("torch.")
-    widths = [facts.get(name) for name in names]
-    if not all(isinstance(width, int) for width in widths) or dtype not in DTYPES:
+    widths = [facts.get(width, _ASSUMED.get(width)) for width in names]
+    if not all(type(width) is int for width in widths) or dtype not in DTYPES:
         raise InputError(
-            f"{folder / CONFIG_FILE} has {', '.join(names)} {widths} and dtype {facts.get('dtype')!r}; "
+            f"the {CONFIG_FILE} of {name} has {', '.join(names)} {widths} and dtype {facts.get('dtype')!r}; "
             f"it needs integers and one of {', '.join(DTYPES)}"
         )
     sae = kind(config(**dict(zip(names, widths, strict=True)), dtype=dtype))
-    weights = _read_weights(folder)
-    _check_shapes(folder, weights, {name: tuple(weight.shape) for name, weight in sae.state_dict().items()})
+    weights = {key: weight for key, weight in weights.items() if not _is_idle_scale(key, weight)}
+    _check_shapes(name, weights, {key: tuple(weight.shape) for key, weight in sae.state_dict().items()})
     sae.load_state_dict(weights)
+    sae.origin = origin
     return sae
+
+
+def _is_idle_scale(key: str, weight: Tensor) -> bool:
+    """SAELens once wrote a scale that is one everywhere, and leaves it out on reading."""
+    return key == "scaling_factor" and torch.allclose(weight, torch.ones_like(weight))
 
 
 def read_metadata(folder: Path) -> dict:
@@ -130,11 +157,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise InputError(f"{folder / WEIGHTS_FILE} cannot be read ({error}); save it again") from error
 
 
-def _check_shapes(folder: Path, weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if found != expected:
+def _check_shapes(name: str, weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    present = {key: tuple(weight.shape) for key, weight in weights.items()}
+    if present != expected:
         raise InputError(
-            f"{folder / WEIGHTS_FILE} holds {_shapes(found)}; its {CONFIG_FILE} calls for {_shapes(expected)}"
+            f"the {WEIGHTS_FILE} of {name} holds {_shapes(present)}; its {CONFIG_FILE} calls for {_shapes(expected)}"
         )
 
 

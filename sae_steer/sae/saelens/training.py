@@ -23,6 +23,7 @@ from sae_steer.files import read_tensors, write_tensors
 from sae_steer.sae.checkpoint import interrupts_held, last_good
 from sae_steer.sae.log import Log, Quiet, StepFacts
 from sae_steer.sae.saelens.adapter import SAELensDictionary, sae_lens
+from sae_steer.sae.saelens.reading import for_inference
 from sae_steer.sae.training import RowSource
 from sae_steer.settings import SAESettings
 from sae_steer.world import World
@@ -230,9 +231,4 @@ def _inference(trainer, architecture: str) -> SAELensDictionary:
     sae = trainer.sae
     sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
     trainer.set_final_sae_metadata()
-    weights = {name: weight.clone() for name, weight in sae.state_dict().items()}
-    sae.process_state_dict_for_saving_inference(weights)
-    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are replaced
-        made = sae_lens().SAE.from_dict(sae.cfg.get_inference_sae_cfg_dict())
-    made.load_state_dict(weights)
-    return SAELensDictionary(made.to("cpu"), f"{PREFIX}{architecture}")
+    return SAELensDictionary(for_inference(sae).to("cpu"), f"{PREFIX}{architecture}")

@@ -14,8 +14,9 @@ from sae_steer.errors import InputError
 from sae_steer.randomness import generator
 from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.sae.codes import SparseCodes
-from sae_steer.sae.saelens.adapter import SAELensDictionary, load_saelens, sae_lens
+from sae_steer.sae.saelens.adapter import SAELensDictionary, sae_lens
 from sae_steer.sae.saelens.files import load_sae, read_metadata, save_sae
+from sae_steer.sae.saelens.reading import load_saelens
 
 D_IN, D_SAE = 16, 48
 X = torch.randn(300, D_IN, generator=generator(9))
@@ -108,7 +109,7 @@ def test_an_old_config_is_read_as_saelens_reads_it(tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "cfg.json").write_text(json.dumps(old))
     loaded = load_sae(tmp_path)
-    assert loaded.hook == "blocks.3.hook_resid_pre"
+    assert loaded.origin.hook == "blocks.3.hook_resid_pre"
     assert (loaded.encode(X).starts.diff() <= 7).all()
 
 
