@@ -77,7 +77,7 @@ def main() -> None:
         size = sum(shard["bytes"] for shard in cache.manifest["shards"])
         rows = cache.rows("adhd", 0, "train")
         for part in rows.maps:  # into the page cache
-            part[::8].sum()
+            part[:].sum()
         ours = rows_a_second(lambda step: rows.batch(step, BATCH, 0), BATCHES)
         anonymous = anonymous_megabytes()
         resumed = ActivationCache.open(cache.folder).rows("adhd", 0, "train")

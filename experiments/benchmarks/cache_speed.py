@@ -76,7 +76,10 @@ def seconds(run: Callable[[], object]) -> float:
 
 def errors(exact: ActivationCache, found: ActivationCache, model: str) -> dict:
     """How far the stored rows of `found` are from those of `exact`."""
-    rows = [np.concatenate(cache.rows(model, LAYER, "scan").maps).astype(np.float64) for cache in (exact, found)]
+    rows = [
+        np.concatenate([part[:] for part in cache.rows(model, LAYER, "scan").maps]).astype(np.float64)
+        for cache in (exact, found)
+    ]
     away = rows[1] - rows[0]
     rms = np.sqrt((rows[0] ** 2).mean(axis=1, keepdims=True))
     return {

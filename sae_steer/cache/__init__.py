@@ -4,7 +4,7 @@
 2. Within a shard texts run in batches of like length; padding is neither stored nor computed past a batch's longest.
 3. A shard is written beside, synced and renamed; then the manifest, which lists the finished shards, likewise.
    A killed run therefore continues at the first shard the manifest lacks, and ends in the same bytes.
-4. Datasets are contiguous and uncompressed, so rows are read through `numpy.memmap` at the dataset's offset.
+4. Datasets are contiguous and uncompressed, so rows are read at their place in the file, once its checksum is right.
 
 One row = one token position, the same in both models. The only importer of h5py.
 """

@@ -1,22 +1,21 @@
 """A finished cache: labels and texts of a split, and rows of a stream in order or in shuffled batches."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_steer.cache.checking import stranger, what_is_wrong
-from sae_steer.cache.layout import BLOCK, FORMAT, LABELS, MANIFEST, MOMENTS, site
+from sae_steer.cache.checking import damaged_shards, opened
+from sae_steer.cache.layout import BLOCK, FORMAT, LABELS, MANIFEST, site
 from sae_steer.cache.shuffle import Shuffle
 from sae_steer.cache.storage import decoded
+from sae_steer.cache.stored import StoredRows
 from sae_steer.corpus import TargetTokens, first_token_purity
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
@@ -97,16 +96,15 @@ class ActivationCache:
 
     def verify(self) -> list[str]:
         """What is wrong with the shards, by their checksums and what they say of themselves, one line each."""
-        found = (what_is_wrong(self.folder, self.manifest, shard) for shard in self.manifest["shards"])
-        return [wrong for wrong in found if wrong]
+        return [wrong for wrong in damaged_shards(self.folder, self.manifest, self.manifest["shards"]) if wrong]
 
     def labels(self, split: str) -> dict[str, np.ndarray]:
         """{name: [row]} every label of a split's rows."""
         columns: dict[str, list[np.ndarray]] = {name: [] for name in LABELS}
         for shard in self._shards(split):
-            with self._open(shard) as file:
+            with opened(self.folder, self.manifest, shard) as file:
                 for name, parts in columns.items():
-                    parts.append(file[name][:])
+                    parts.append(file.label(name))
         return {name: np.concatenate(parts) for name, parts in columns.items()}
 
     def texts(self, split: str) -> list[Text]:
@@ -140,9 +138,9 @@ class ActivationCache:
         dataset = f"{model}/{site(layer)}"
         maps, sums, squares = [], 0.0, 0.0
         for shard in self._shards(split):
-            with self._open(shard) as file:
-                maps.append(_mapped(Path(file.filename), file[dataset]))
-                moments = file[f"{MOMENTS}/{dataset}"][:]
+            with opened(self.folder, self.manifest, shard) as file:
+                maps.append(file.rows(model, layer))
+                moments = file.moments(model, layer)
             sums, squares = sums + moments[0], squares + moments[1]
         fixed = "/".join((*(shard["sha256"] for shard in self._shards(split)), dataset))
         return ActivationRows(tuple(maps), np.asarray(sums), np.asarray(squares), sha256(fixed.encode()))
@@ -153,42 +151,12 @@ class ActivationCache:
             raise InputError(f"the cache in {self.folder} has no '{split}' rows; write it with texts for that split")
         return found
 
-    @contextmanager
-    def _open(self, shard: dict) -> Iterator[h5py.File]:
-        path = self.folder / shard["file"]
-        try:
-            with h5py.File(path, "r") as file:
-                if strange := stranger(file, self.manifest, shard):
-                    raise InputError(f"{strange}; delete it and repeat `sae-steer cache`, which writes it anew")
-                yield file
-        except (
-            OSError,
-            KeyError,
-            ValueError,
-            RuntimeError,
-        ) as error:  # what h5py makes of damage, depending on where it is
-            raise InputError(
-                f"{path} is damaged; delete it and repeat `sae-steer cache`, which writes it anew"
-            ) from error
-
-
-def _mapped(path: Path, stored: h5py.Dataset) -> np.ndarray:
-    """The rows of a contiguous dataset, read from the file when they are used.
-
-    Mapped by torch, which keeps no file open: a cache may have more shards than a process may have open files.
-    """
-    content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
-    start = stored.id.get_offset()
-    rows = content[start : start + stored.size * stored.dtype.itemsize].view(stored.dtype).reshape(stored.shape)
-    rows.flags.writeable = False
-    return rows
-
 
 @dataclass(frozen=True)
 class ActivationRows:
     """Rows of one stream: in order, or in shuffled batches whose whole state is the step."""
 
-    maps: tuple[np.ndarray, ...]
+    maps: tuple[StoredRows, ...]
     sums: Float[np.ndarray, " d_model"]
     squares: Float[np.ndarray, " d_model"]
     fingerprint: str
@@ -245,7 +213,7 @@ class ActivationRows:
         starts = (blocks - np.concatenate([[0], self._block_ends])[parts]) * BLOCK
         batch = np.empty((batch_size, self.d_in), dtype=self.maps[0].dtype)
         for slot, (part, start) in enumerate(zip(parts.tolist(), starts.tolist(), strict=True)):
-            batch[slot * BLOCK : (slot + 1) * BLOCK] = self.maps[part][start : start + BLOCK]
+            self.maps[part].read_into(batch[slot * BLOCK : (slot + 1) * BLOCK], start)
         return torch.from_numpy(decoded(batch))
 
     @cached_property

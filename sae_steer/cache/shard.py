@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from sae_steer.cache.checking import damaged_shards
 from sae_steer.cache.dealing import ShardTexts
 from sae_steer.cache.layout import LABELS, MOMENTS, ORIGIN, site
 from sae_steer.cache.storage import WIDER, decoded, encoded, moments
@@ -58,15 +59,10 @@ def write_shard(folder: Path, shard: ShardTexts, streams: Streams, *, dtype: str
 
 
 def finished_shards(folder: Path, manifest: dict) -> dict[str, dict]:
-    """{file: line} of the shards in `folder` that the manifest or a record of their own lists, and that are there."""
+    """{file: line} of the shards in `folder` that the manifest or a record of their own lists, and that are whole."""
     lines = [*manifest["shards"], *(read_json(path) for path in sorted(folder.glob("shard-*.json")))]
-    return {line["file"]: line for line in lines if has_length(folder, line)}
-
-
-def has_length(folder: Path, line: dict) -> bool:
-    """Whether the shard of this line is there, neither cut nor longer."""
-    path = folder / line["file"]
-    return path.is_file() and path.stat().st_size == line["bytes"]
+    damaged = damaged_shards(folder, manifest, lines)
+    return {line["file"]: line for line, wrong in zip(lines, damaged, strict=True) if not wrong}
 
 
 def _label_columns(texts: Sequence[Text]) -> dict[str, np.ndarray]:

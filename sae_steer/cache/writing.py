@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from sae_steer.cache.checking import damaged_shards
 from sae_steer.cache.dealing import ShardTexts, deal_texts
 from sae_steer.cache.layout import FORMAT, LABELS, MANIFEST, MOMENTS, origin
 from sae_steer.cache.reading import ActivationCache
-from sae_steer.cache.shard import finished_shards, has_length, write_shard
+from sae_steer.cache.shard import finished_shards, write_shard
 from sae_steer.cache.storage import AUTO, DTYPES, narrowest
 from sae_steer.errors import InputError, SteerError
 from sae_steer.files import sweep
@@ -146,7 +147,7 @@ def _begun(out: Path, wanted: dict, *, force: bool) -> dict | None:
 
 
 def _is_whole(out: Path, manifest: dict | None) -> bool:
-    return bool(manifest) and manifest["complete"] and all(has_length(out, line) for line in manifest["shards"])
+    return bool(manifest) and manifest["complete"] and not any(damaged_shards(out, manifest, manifest["shards"]))
 
 
 def _begin(out: Path, manifest: dict) -> None:

@@ -82,7 +82,7 @@ def test_rows_do_not_depend_on_how_texts_were_cut_into_shards(tiny, whole, tmp_p
     torch.testing.assert_close(*rows, rtol=2e-3, atol=2e-3)
 
 
-def test_a_memory_map_reads_what_h5py_reads(whole):
+def test_rows_are_read_at_their_place_in_the_file_as_h5py_reads_them(whole):
     cache = ActivationCache.open(whole)
     for model in ("standard", "adhd"):
         rows = cache.rows(model, 2, "train")
@@ -99,7 +99,7 @@ def test_a_memory_map_reads_what_h5py_reads(whole):
 
 def test_the_moments_are_numpys(whole):
     rows = ActivationCache.open(whole).rows("adhd", 2, "train")
-    every = np.concatenate([part.astype(np.float64) for part in rows.maps])
+    every = np.concatenate([np.asarray(part).astype(np.float64) for part in rows.maps])
     assert rows.n_rows == len(every)
     np.testing.assert_allclose(rows.mean.numpy(), every.mean(0), rtol=1e-6, atol=1e-6)
     assert rows.mean_square == pytest.approx(((every - every.mean(0)) ** 2).sum(1).mean(), rel=1e-9)
@@ -181,3 +181,24 @@ def test_batches_of_like_length_hold_every_text_once():
     assert all(len(batch) * max(lengths[i] for i in batch) <= 200 for batch in batches)
     assert list(length_batches([], 200)) == []
     assert list(length_batches([500, 3], 200)) == [[1], [0]]
+
+
+def test_stored_rows_are_indexed_as_an_array_is(whole):
+    part = ActivationCache.open(whole).rows("adhd", 2, "train").maps[0]
+    every = np.asarray(part)
+    assert (len(part), part.shape) == (len(every), every.shape)
+    mask = np.arange(len(every)) % 7 == 3
+    for chosen in (slice(3, 9), slice(None, None, 5), slice(9, 3), mask, np.array([5, 400, 7]), np.array([], int)):
+        np.testing.assert_array_equal(part[chosen], every[chosen])
+
+
+def test_few_files_stay_open(whole, monkeypatch):
+    from sae_steer.cache import stored
+
+    files = stored.OpenFiles(2)
+    monkeypatch.setattr(stored, "_FILES", files)
+    rows = ActivationCache.open(whole).rows("adhd", 2, "train")
+    assert len(rows.maps) > 2
+    every = torch.cat(list(rows.in_order(size=100)))
+    assert torch.equal(rows.take(np.arange(rows.n_rows)), every)
+    assert len(files._files) == 2
