@@ -9,6 +9,10 @@ class InputError(SteerError):
     """A text, pair, cache, dictionary or option that cannot be used as given."""
 
 
+class NotNativeError(InputError):
+    """A model that the native decoder does not compute, and that `transformers` may run itself."""
+
+
 class StaleError(SteerError):
     """A finished output made from other inputs or settings: refused, not overwritten, unless forced."""
 

@@ -1,13 +1,14 @@
 """Where a model of a pair comes from: a folder or file beside the pair file, `hub:ORG/NAME`, or `tl:NAME`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sae_steer.errors import InputError
+from sae_steer.model.comparing import compare
 from sae_steer.model.hub import HUB, hub_folder
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.lens import load_lens, tokenizer_json
-from sae_steer.model.loading import read_decoder
+from sae_steer.model.loading import DecoderFile, read_decoder
 
 LENS = "tl:"
 NO_TOKENIZERS = ("tokenizer_config.json",)
@@ -38,7 +39,16 @@ def load_model(named: str, *, beside: Path, qkv: str | None = None, gate_up: str
         return LoadedModel(model, content and (content, f"the tokenizer of {named}"), {"from": named})
     path = hub_folder(named.removeprefix(HUB)) if named.startswith(HUB) else beside / named
     read = read_decoder(path, qkv=qkv, gate_up=gate_up)
-    return LoadedModel(read.model, _tokenizer(path), {"from": named, **read.record}, read.lines())
+    source = {"from": named, **read.record, **_compared(read, path)}
+    return LoadedModel(read.model, _tokenizer(path), source, read.lines())
+
+
+def _compared(read: DecoderFile, path: Path) -> dict:
+    """What `transformers` made of the same folder, if it is one it can load; a difference is an error."""
+    if read.key_map is not None or path.is_file():
+        return {}
+    result = compare(read.model, path)
+    return {} if result is None else {"compared": asdict(result)}
 
 
 def _tokenizer(path: Path) -> tuple[str, str] | None:

@@ -64,7 +64,7 @@ def test_a_folder_in_many_shards_is_the_same_model(tmp_path, tokens):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"attention_bias": True}, "has biases"),
+        ({"attention_bias": True}, "has attention_bias True"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "type 'linear'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ],

@@ -74,6 +74,7 @@ def test_a_sharded_folder_is_the_same_model(folder):
 
 
 def test_an_index_that_is_none_is_refused(folder):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("[]")
     assert "no whole model.safetensors" in refusal(folder)
 
@@ -108,12 +109,12 @@ def test_stored_rotary_buffers_and_a_tied_head_are_passed_over(folder):
     ("change", "told"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"attention_bias": True}, "has biases"),
-        ({"mlp_bias": True}, "has biases"),
+        ({"attention_bias": True}, "has attention_bias True"),
+        ({"mlp_bias": True}, "has mlp_bias True"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "'llama3' without factor, low_freq_factor"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotates 0.5 of each head"),
-        ({"quantization_config": {"bits": 4}}, "is quantised"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"quantization_config": {"bits": 4}}, "has quantization_config"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "scaled rotary"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "scaled rotary"),
         ({"num_hidden_layers": -1}, "num_hidden_layers -1, which is no positive integer"),

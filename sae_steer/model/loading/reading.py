@@ -2,18 +2,19 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sae_steer.errors import InputError
+from sae_steer.errors import InputError, NotNativeError
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.loading.interpgpt import hooked_shape, interpgpt_shape
 from sae_steer.model.loading.key_map import FusedOrders, KeyMap, match_names
-from sae_steer.model.loading.llama import llama_shape, match_llama
+from sae_steer.model.loading.llama_config import llama_shape, stated_dtype
+from sae_steer.model.loading.llama_tensors import match_llama
 from sae_steer.model.loading.tensors import BUNDLES, HOOKED, Stored, read_bundle, read_folder
 from sae_steer.settings import DecoderSettings
 
@@ -30,20 +31,22 @@ class DecoderFile:
     """None for a Hugging Face Llama, whose names are known."""
     fused: str = ""
     """How the order of fused projections was decided, if there are any."""
+    notes: tuple[str, ...] = ()
+    """How a Llama's weights differ from what its config leads one to expect."""
 
     @property
     def record(self) -> dict:
         """The names read, for a record."""
         if self.key_map is None:
-            return {"file": self.file.name}
+            return {"file": self.file.name, **({"notes": list(self.notes)} if self.notes else {})}
         read = {theirs: list(ours) for theirs, ours in self.key_map.read.items()}
         fused = {"fused": self.fused} if self.fused else {}
         return {"file": self.file.name, "key_map": read, "left_out": list(self.key_map.left_out), **fused}
 
     def lines(self) -> list[str]:
-        """The names read, for people; none for a Hugging Face Llama."""
+        """The names read, for people; of a Hugging Face Llama, only what is odd about it."""
         if self.key_map is None:
-            return []
+            return list(self.notes)
         fused = [f"fused projections: {self.fused}"] if self.fused else []
         return [f"{self.file}: names were read as", *(f"  {line}" for line in (*self.key_map.lines(), *fused))]
 
@@ -63,13 +66,14 @@ def read_decoder(path: Path, *, qkv: str | None = None, gate_up: str | None = No
     path = Path(path)
     folder = path.parent if path.is_file() else path
     config_path, config = _read_config(folder, path)
+    if config.get("model_type") == "llama":
+        llama_shape(config_path, config)  # what is refused is refused before gigabytes are read
     stored = read_bundle(path) if path.is_file() else read_folder(folder)
     shape = _shape(config_path, config, stored)
-    integers = [name for name, tensor in stored.tensors.items() if tensor.dtype in (torch.int8, torch.uint8)]
-    if integers and config.get("model_type") == "llama":
-        raise InputError(f"{stored.file} holds quantised tensors ({integers[0]}); save the model dequantised")
     if config.get("model_type") == "llama" and stored.file.suffix not in BUNDLES:
-        return DecoderFile(_filled(shape, match_llama(stored.tensors, shape.tied), stored.file), stored.file)
+        llama = match_llama(stored.tensors, stored.file, tied=shape.tied, dtype=stated_dtype(config_path, config))
+        model = _filled(replace(shape, tied=llama.tied), llama.tensors, stored.file)
+        return DecoderFile(model, stored.file, notes=llama.notes)
     found, key_map, fused = _match(stored, shape, folder, qkv, gate_up)
     found, key_map = _without_tied_head(found, key_map, shape, stored.file)
     return DecoderFile(_filled(shape, found, stored.file), stored.file, key_map, fused)
@@ -88,10 +92,7 @@ def _read_config(folder: Path, path: Path) -> tuple[Path, dict]:
         raise InputError(f"{file} is not JSON ({error}); copy it again") from error
     if not isinstance(config, dict) or config.get("model_type") not in ("llama", "interpgpt"):
         kind = config.get("model_type") if isinstance(config, dict) else None
-        raise InputError(
-            f"{file} has model_type {kind!r}; this loader reads 'llama' and 'interpgpt' (name what TransformerLens "
-            "loads as tl:NAME)"
-        )
+        raise NotNativeError(f"{file} has model_type {kind!r}; the decoder reads 'llama' and 'interpgpt'")
     return file, config
 
 

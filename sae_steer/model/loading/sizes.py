@@ -1,4 +1,4 @@
-"""Counts and widths of a config: positive integers, or an error that names the key."""
+"""Counts, widths and numbers of a config: positive, or an error that names the key."""
 
 from pathlib import Path
 
@@ -13,3 +13,11 @@ def size(path: Path, config: dict, name: str, otherwise: int | None = None) -> i
     if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise InputError(f"{path} has {name} {found!r}, which is no positive integer; copy it again")
     return found
+
+
+def number(path: Path, config: dict, name: str, otherwise: float) -> float:
+    """The positive number under `name`."""
+    value = config.get(name, otherwise)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise InputError(f"{path} has {name} {value!r}, which is no positive number; copy it again")
+    return float(value)

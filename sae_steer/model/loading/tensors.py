@@ -58,16 +58,18 @@ def read_folder(folder: Path) -> Stored:
 
 
 def read_safetensors(folder: Path) -> Stored:
-    """`model.safetensors`, or the shards that its index names."""
-    index = folder / INDEX
+    """`model.safetensors`; only without one, the shards that its index names: an index beside it is of older days."""
+    whole, index = folder / WHOLE, folder / INDEX
     try:
-        shards = [WHOLE]
-        if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        found = {name: tensor for shard in shards for name, tensor in load_file(folder / Path(shard).name).items()}
+        if whole.is_file() or not index.is_file():
+            return Stored(whole, load_file(whole))
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if outside := [shard for shard in shards if Path(shard).name != shard]:
+            raise InputError(f"{index} names {outside[0]!r}, which is no file of its folder; save the model again")
+        tensors = {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} has no whole {WHOLE} ({error}); copy the folder again") from error
-    return Stored(index if index.is_file() else folder / WHOLE, found)
+    return Stored(index, tensors)
 
 
 def read_bundle(path: Path) -> Stored:
