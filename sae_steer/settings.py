@@ -200,7 +200,7 @@ class InterveneSettings:
     bound_share: float = 0.05
     """The bound, as a share of the gap between the models at the same onsets."""
     bound_cap: float = 0.012
-    """The largest bound, as a probability."""
+    """The largest bound, as a probability; of another measure this default caps none."""
     bootstrap_draws: int = 10_000
     controls: int = CONTROLS["full"]
     """Directions in each control family at the primary dose."""

@@ -43,7 +43,8 @@ class TrainingBar:
 
     def step(self, facts) -> None:
         """Draw the step."""
-        self.bar(facts.step, facts.steps, f"FVE {facts.fve:.3f}, dead {facts.dead:.1%}")
+        dead = "not known yet" if facts.dead is None else f"{facts.dead:.1%}"
+        self.bar(facts.step, facts.steps, f"FVE {facts.fve:.3f}, dead {dead}")
 
     def checkpoint(self, step: int, path: Path) -> None:
         """Nothing to draw."""

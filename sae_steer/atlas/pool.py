@@ -130,6 +130,8 @@ class NullDraws:
     observed: Float[np.ndarray, " feature"]
     """The features' own statistic: the mean effect over the ranked onsets."""
     p: Float[np.ndarray, " feature"]
+    outdone: Bool[np.ndarray, " feature"]
+    """Whether any control goes as far as the feature."""
     low: Float[np.ndarray, " feature"]
     """Of the middle 95 % of the null values, in the measure's unit."""
     high: Float[np.ndarray, " feature"]
@@ -153,6 +155,7 @@ def rank_among(
     return NullDraws(
         observed=observed,
         p=np.array([stats.rank_p(float(value), values) for value, values in zip(observed, draws, strict=True)]),
+        outdone=np.array([(np.abs(v) >= abs(own)).any() for own, v in zip(observed, draws, strict=True)]),
         low=ends[:, 0],
         high=ends[:, 1],
         fewest=min(map(len, draws)),

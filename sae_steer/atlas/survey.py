@@ -35,7 +35,7 @@ TAGS = {
     OPPOSITE: "beyond the bound against the prediction, further than control directions go",
     COMMON: "beyond the bound, but so are control directions",
     INSIDE: "inside the bound: the 90 % interval",
-    OPEN: "on neither side of the bound for certain",
+    OPEN: "on neither side of the bound for certain, or beyond it and all controls, which are few for so many tests",
     RARE: "fires at too few of the onsets to be ablated there",
 }
 
@@ -228,6 +228,7 @@ class Survey:
                         as_predicted=sign == chart.variant.predicted_sign,
                         beyond=bool(q_beyond[column] < settings.max_q),
                         stands_out=bool(q[column] < settings.max_q),
+                        outdone=bool(chart.null.outdone[place]),
                         inside=bool(inside[column]),
                     ),
                 }
@@ -278,10 +279,12 @@ class Survey:
         return table | {"tag": tags.astype(str)}
 
 
-def tag(*, as_predicted: bool, beyond: bool, stands_out: bool, inside: bool) -> str:
-    """What an effect is called, by which tests it passed."""
+def tag(*, as_predicted: bool, beyond: bool, stands_out: bool, outdone: bool, inside: bool) -> str:
+    """What an effect is called, by which tests it passed; common is only what some control direction does too."""
+    if beyond and stands_out:
+        return BEYOND if as_predicted else OPPOSITE
     if beyond:
-        return COMMON if not stands_out else BEYOND if as_predicted else OPPOSITE
+        return COMMON if outdone else OPEN
     return INSIDE if inside else OPEN
 
 

@@ -14,7 +14,9 @@ from sae_steer.settings import LEVEL, InterveneSettings
 LEAST_MASS = 0.001
 """Baseline mass under which log-odds are not read: there they say little that anyone could observe."""
 RANKED = 99
-"""Members from which a control family is ranked against; a smaller one is shown."""
+"""Members from which a control family is ranked against, unless fewer are asked for; a smaller one is shown."""
+FEWEST_RANKED = round(1 / LEVEL) - 1
+"""Members without which no rank p can be as small as the level, so that none is ever ranked against fewer."""
 
 
 def estimates(
@@ -25,7 +27,7 @@ def estimates(
 ) -> list[dict]:
     """Per column: the onset-weighted mean with its interval, the prompt-weighted mean, the share of the gap.
 
-    The share is None where the two models do not differ at all, and an end of its interval where it has none.
+    The share is None where the models' gap cannot be told from zero, for then its interval has no ends either.
     """
     draws = {"draws": settings.bootstrap_draws, "seed": settings.seed}
     points = stats.cluster_bootstrap(effect, onsets.task, **draws)
@@ -47,7 +49,8 @@ def estimates(
     shares = np.full((3, len(rows)), np.nan)
     if gap.sum():
         share = stats.cluster_bootstrap_ratio(effect, gap[:, None], onsets.task, **draws)
-        shares = np.stack([share.mean, share.low, share.high])
+        known = np.isfinite(share.low) & np.isfinite(share.high)
+        shares = np.where(known, np.stack([share.mean, share.low, share.high]), np.nan)
     for row, ends in zip(rows, shares.T, strict=True):
         row |= {key: finite(value) for key, value in zip(("share", "share_low", "share_high"), ends, strict=True)}
     return rows
@@ -59,9 +62,19 @@ def finite(value: float) -> float | None:
 
 
 def mode_record(
-    found: ArmReading, mode: str, onsets: OnsetRows, gap: Float[np.ndarray, " row"], settings: InterveneSettings
+    found: ArmReading,
+    mode: str,
+    onsets: OnsetRows,
+    gap: Float[np.ndarray, " row"],
+    settings: InterveneSettings,
+    *,
+    probability: bool,
 ) -> dict:
-    """The dose curve of the edit, and the directions read beside it at the primary dose."""
+    """The dose curve of the edit, and the directions read beside it at the primary dose.
+
+    Args:
+        probability: whether the measure is one, and so has log-odds.
+    """
     reading, columns = found.readings[mode], found.columns[mode]
     effect = reading.value[:, 1 : 1 + len(columns)] - reading.value[:, :1]
     rows = estimates(effect, onsets, settings, gap)
@@ -73,7 +86,7 @@ def mode_record(
             "rows_edited": int(moved.sum()),
             "coverage": float(moved.mean()),
             **_where_edited(effect[moved, column - 1], onsets.task[moved], settings),
-            **_side_effects(reading, column),
+            **_side_effects(reading, column, probability=probability),
         }
         if direction == EDIT:
             doses.append({"dose": dose, **row})
@@ -93,10 +106,10 @@ def _where_edited(effect: Float[np.ndarray, " moved"], task: np.ndarray, setting
     return {**dict(zip(keys, means, strict=True)), "tasks_edited": tasks}
 
 
-def _side_effects(reading: Reading, column: int) -> dict:
-    """Log-odds where the baseline holds a thousandth, KL, and what becomes of the other tokens."""
+def _side_effects(reading: Reading, column: int, *, probability: bool) -> dict:
+    """Log-odds of a probability where the baseline holds a thousandth, KL, and what becomes of the other tokens."""
     base, value = reading.value[:, 0], reading.value[:, column]
-    defined = (base >= LEAST_MASS) & (base < 1) & (value > 0) & (value < 1)
+    defined = probability & (base >= LEAST_MASS) & (base < 1) & (value > 0) & (value < 1)
     odds = [np.log(p[defined]) - np.log1p(-p[defined]) for p in (base, value)]
     others = reading.off_target[:, column] - reading.off_target[:, 0]
     known = np.isfinite(others)
@@ -152,7 +165,7 @@ def control_records(
 
 def is_ranked(count: int, settings: InterveneSettings) -> bool:
     """Whether a family is large enough to rank against."""
-    return count >= min(RANKED, settings.controls)
+    return count >= max(FEWEST_RANKED, min(RANKED, settings.controls))
 
 
 def least_rank(observed: float, means: Float[np.ndarray, " direction"], planned: int) -> float:

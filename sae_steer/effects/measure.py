@@ -37,6 +37,16 @@ class OnsetBatch:
     elsewhere: Bool[Tensor, "batch pos"]
     """As many positions as onsets, none of them an onset; of a text with too few of these, all."""
 
+    @property
+    def ends(self) -> Bool[Tensor, "batch edit"]:
+        """Where a position is its text's last token, which nothing follows."""
+        return self.positions + 1 >= self.lengths[:, None]
+
+    @property
+    def following(self) -> Int[Tensor, "batch edit"]:
+        """The token after each position; at a text's end its own last token, which says nothing."""
+        return self.tokens.gather(1, torch.minimum(self.positions + 1, self.lengths[:, None] - 1))
+
     def marked(self, places: str) -> Bool[Tensor, "batch pos"]:
         """Where a joint edit stands, by the name of the places."""
         at = torch.arange(self.tokens.shape[1])[None]
@@ -116,7 +126,7 @@ class Reading:
     kl: Float[np.ndarray, "row edit"]
     """From the first edit's prediction, which is the unedited one by convention, in nats."""
     off_target: Float[np.ndarray, "row edit"]
-    """Cross-entropy of the following token among those outside the target set; NaN where one of it follows."""
+    """Cross-entropy of the following token among those outside the target set; NaN where one of it follows, or none."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +147,8 @@ class Request:
         """Measure, delivered norm, KL and off-target cross-entropy in batch `number`, [row, edit] each."""
         batch = self.onsets.batches[number]
         device = clean.resid.device
-        tokens, positions, real = (part.to(device) for part in (batch.tokens, batch.positions, batch.real))
-        following = tokens.gather(1, (positions + 1).clamp(max=tokens.shape[1] - 1))[real]
+        positions, real = batch.positions.to(device), batch.real.to(device)
+        following, ends = batch.following.to(device)[real], batch.ends.to(device)[real]
         read = self._joint if self.joint else self._single
         ids = measure.ids if isinstance(measure, TargetMass) else ()
 
@@ -148,7 +158,8 @@ class Request:
 
         def column(logits: Tensor, moved: Tensor) -> Tensor:
             known = nats(logits)
-            sides = divergence(base, known), off_target_nats(known, ids, following)
+            others = off_target_nats(known, ids, following).masked_fill(ends, float("nan"))
+            sides = divergence(base, known), others
             return torch.stack([measure(logits).double(), moved.double(), *sides])
 
         first = in_threads(under, self.edits[:1], device)[0]

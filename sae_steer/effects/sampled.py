@@ -97,6 +97,7 @@ def compare(
 ) -> dict:
     """The arm's rates, its difference from a baseline with other noise beside the A/A null, and from one with the same.
 
+    An arm that wrote no step has no rate, and so no difference.
     Seed i of `counts` has the noise of seed i of `baseline`.
     """
     steered, other = counts[:, 0], baseline[:, -1]
@@ -109,16 +110,17 @@ def compare(
         hits, steps = baseline[..., column], baseline[..., STEPS]
         null = stats.aa_null(hits, steps, draws=settings.null_draws, seed=settings.seed)
         rate, unedited = _rate(steered, column), _rate(other, column)
+        delta = None if rate is None or unedited is None else rate - unedited
         low, high = np.quantile(null, [0.025, 0.975])
         found[matcher] = {
             "rate": rate,
             "baseline_rate": unedited,
             "baseline_rate_all_seeds": float(hits.sum() / steps.sum()),
-            "delta": rate - unedited,
+            "delta": delta,
             "null_low": float(low),
             "null_high": float(high),
             "null_sd": float(null.std()),
-            "p": stats.rank_p(rate - unedited, null),
+            "p": None if delta is None else stats.rank_p(delta, null),
             "paired": _paired(counts, baseline[:, : counts.shape[1]], column, task, settings),
         }
     return found
@@ -151,6 +153,7 @@ def _shares(counts: Int[np.ndarray, "prompt paired 3"], column: int) -> Float[np
     return counts[..., column] / np.maximum(counts[..., STEPS], 1)
 
 
-def _rate(counts: Int[np.ndarray, "prompt 3"], column: int) -> float:
-    """Matched steps over steps; 0 for an arm that wrote none."""
-    return float(counts[:, column].sum() / max(counts[:, STEPS].sum(), 1))
+def _rate(counts: Int[np.ndarray, "prompt 3"], column: int) -> float | None:
+    """Matched steps over steps; None for an arm that wrote none."""
+    steps = counts[:, STEPS].sum()
+    return float(counts[:, column].sum() / steps) if steps else None

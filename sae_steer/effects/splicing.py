@@ -8,6 +8,10 @@ ablated  the same with the mean of x over the chosen positions in its place (mea
 
 1 loses nothing; 0 is no better than a constant (Bricken et al. 2023, "loss recovered"; with the mean instead of
 zero, because a zero is no stream the model has ever seen and makes every dictionary look good).
+
+Where mean ablation costs nothing that can be told from zero there is nothing to recover, and the share is undefined:
+of 4.10, 4.17 and 4.03 nats (clean, spliced, ablated) it would be 2. Of a text that ends at the position read, the
+loss is expected over the clean prediction, which stands in for the token that does not follow.
 """
 
 from collections.abc import Sequence
@@ -16,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -45,16 +49,24 @@ class SplicedLoss:
     clean: float
     spliced: float
     mean_ablated: float
-    recovered: float
-    low: float
-    high: float
+    recovered: float | None
+    """None where mean ablation costs nothing that can be told from zero: there is nothing to recover."""
+    low: float | None
+    high: float | None
     n: int
     """Positions read."""
     tasks: int
+    ends: int = 0
+    """Of the positions, those at which their text ends, so that the loss is expected over the clean prediction."""
 
     def record(self) -> dict:
-        """The figures for a JSON record; an interval without bounds is null."""
-        return {key: None if value in (np.inf, -np.inf) else value for key, value in asdict(self).items()}
+        """The figures for a JSON record."""
+        return asdict(self)
+
+    @property
+    def losses(self) -> str:
+        """The three that the share is made of."""
+        return f"{self.clean:.2f} nats clean, {self.spliced:.2f} spliced, {self.mean_ablated:.2f} mean-ablated"
 
 
 def ce_recovered(
@@ -83,20 +95,36 @@ def ce_recovered(
     mean = _mean_row(model, rows.batches, layer)
     losses = np.concatenate([_losses(model, sae, batch, layer, mean) for batch in rows.batches])
     clean, spliced, ablated = losses.T
-    share = stats.cluster_bootstrap_ratio(
-        (ablated - spliced)[:, None], (ablated - clean)[:, None], rows.task, draws=draws, seed=seed
-    )
+    share = _share_recovered(clean, spliced, ablated, rows.task, draws=draws, seed=seed)
     return SplicedLoss(
         positions=wanted,
         clean=float(clean.mean()),
         spliced=float(spliced.mean()),
         mean_ablated=float(ablated.mean()),
-        recovered=float(share.mean[0]),
-        low=float(share.low[0]),
-        high=float(share.high[0]),
-        n=share.n,
-        tasks=share.clusters,
+        recovered=None if share is None else float(share.mean[0]),
+        low=None if share is None else float(share.low[0]),
+        high=None if share is None else float(share.high[0]),
+        n=len(rows),
+        tasks=rows.tasks,
+        ends=sum(int(batch.ends[batch.real].sum()) for batch in rows.batches),
     )
+
+
+def _share_recovered(
+    clean: Float[np.ndarray, " row"],
+    spliced: Float[np.ndarray, " row"],
+    ablated: Float[np.ndarray, " row"],
+    task: Int[np.ndarray, " row"],
+    *,
+    draws: int,
+    seed: int,
+) -> stats.Estimate | None:
+    """(ablated - spliced) / (ablated - clean) with its interval; None where the denominator may as well be zero."""
+    cost = (ablated - clean)[:, None]
+    if not stats.cluster_bootstrap(cost, task, draws=draws, seed=seed).low[0] > 0:
+        return None
+    share = stats.cluster_bootstrap_ratio((ablated - spliced)[:, None], cost, task, draws=draws, seed=seed)
+    return share if np.isfinite([share.low[0], share.high[0]]).all() else None
 
 
 def find_or_splice(
@@ -135,11 +163,20 @@ def _mean_row(model: LanguageModel, batches: Sequence[OnsetBatch], layer: int) -
 def _losses(
     model: LanguageModel, sae: nn.Module, batch: OnsetBatch, layer: int, mean: Float[Tensor, " d_model"]
 ) -> Float[np.ndarray, "row 3"]:
-    """Cross-entropy of the next token at every real position: clean, spliced, mean-ablated."""
+    """Cross-entropy of the next token at every real position: clean, spliced, mean-ablated.
+
+    Where none follows, it is expected over the clean prediction.
+    """
     tokens, positions, real = (part.to(model.device) for part in (batch.tokens, batch.positions, batch.real))
     clean, at = CleanPass.of(model, tokens, layer), batch.marked("onsets").to(model.device)
     before = clean.resid[at]
     logits = clean.read_joint(at, torch.stack([before, sae(before), mean.expand_as(before)]), positions)
-    following = tokens.gather(1, positions + 1)[real]
-    columns = [cross_entropy(copy[real].double(), following, reduction="none") for copy in logits]
+    following, ends = batch.following.to(model.device)[real], batch.ends.to(model.device)[real]
+    predicted = logits[0][real][ends].double().softmax(-1)
+    columns = []
+    for copy in logits:
+        read = copy[real].double()
+        column = cross_entropy(read, following, reduction="none")
+        column[ends] = cross_entropy(read[ends], predicted, reduction="none")
+        columns.append(column)
     return torch.stack(columns, dim=1).cpu().numpy()

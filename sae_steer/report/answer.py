@@ -72,7 +72,7 @@ def _largest(study: StudyRecord, mode: str) -> str:
 
 def _outside_null(variant: Record) -> bool:
     found = variant["sampled"]["strict"]
-    return not found["null_low"] <= found["delta"] <= found["null_high"]
+    return found["delta"] is not None and not found["null_low"] <= found["delta"] <= found["null_high"]
 
 
 def _names(study: StudyRecord, chosen: Callable[[Record], bool]) -> str:

@@ -19,7 +19,7 @@ from sae_steer.report.run import Record
 LOOKS = {
     RARE: ("fires at too few onsets to be ablated", FAINT, "X", 5),
     INSIDE: ("inside the bound", REFERENCE, "o", 5),
-    OPEN: ("neither inside nor beyond the bound", SINGLE, "D", 4.5),
+    OPEN: ("neither inside nor beyond the bound for certain", SINGLE, "D", 4.5),
     COMMON: ("beyond the bound, as controls are", "#E69F00", "s", 5),
     OPPOSITE: ("beyond the bound the other way, as few controls are", RELEASED, "v", 6),
     BEYOND: ("beyond the bound as predicted, as few controls are", TARGET, "^", 6),

@@ -68,6 +68,8 @@ def _sampled_panel(axes: Axes, variants: Sequence[Record]) -> None:
     for row, variant in enumerate(variants):
         found, plans = variant["sampled"]["strict"], count(variant["sampled"]["texts"])
         _band(axes, row, found["null_low"], found["null_high"], _first(row, "unedited against unedited (95 %)"))
+        if found["delta"] is None:
+            continue
         label = _first(row, f"{plans} sampled plans, strict matcher")
         axes.plot(100 * found["delta"], row, "s", color=TARGET, markersize=6, label=label, zorder=4)
         axes.annotate(

@@ -19,8 +19,8 @@ class StepFacts:
     loss: float
     fve: float
     """1 - ||x - x_hat||^2 / E||x - mean||^2 on this batch, the expectation over all training rows."""
-    dead: float
-    """Share of features silent for longer than the settings allow."""
+    dead: float | None
+    """Share of features silent for longer than the settings allow; None while too few rows were read for any to be."""
     lr: float
 
 

@@ -89,4 +89,5 @@ def _lacking(package: str) -> InputError:
 
 def _figures(facts: StepFacts) -> dict[str, float]:
     """By tag: the dictionary's name before each, where several are learned together."""
-    return {f"{facts.name}/{name}" if facts.name else name: getattr(facts, name) for name in _FIGURES}
+    known = {name: value for name in _FIGURES if (value := getattr(facts, name)) is not None}
+    return {f"{facts.name}/{name}" if facts.name else name: value for name, value in known.items()}

@@ -143,7 +143,9 @@ class Training:
         for job, learner, value in zip(self.jobs, state.learners, map(float, lost), strict=True):
             if not value < _EXPLODED:
                 raise NotFiniteError(f"the loss is {value:.4g} at step {state.step}; {last_good(checkpoint)}")
-            dead = (learner.silent_rows > learner.settings.dead_after_rows).double().mean()
+            settings = learner.settings
+            can_be_dead = self.state.step * settings.batch_size > settings.dead_after_rows
+            dead = (learner.silent_rows > settings.dead_after_rows).double().mean()
             found.append(
                 StepFacts(
                     name=job.name,
@@ -151,8 +153,8 @@ class Training:
                     steps=state.plateau.last,
                     loss=value,
                     fve=1 - value,
-                    dead=float(dead),
-                    lr=learning_rate(progress, learner.settings),
+                    dead=float(dead) if can_be_dead else None,
+                    lr=learning_rate(progress, settings),
                 )
             )
         return found

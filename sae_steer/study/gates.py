@@ -24,6 +24,7 @@ from sae_steer.edits.arms import RAW, TRANSPORTED, Arm
 from sae_steer.edits.edit import Control, Fan
 from sae_steer.effects.measure import FanRequest, OnsetRows, Request, read, unedited
 from sae_steer.effects.splicing import SplicedLoss
+from sae_steer.effects.units import Unit
 from sae_steer.model.readout import Measure, TargetMass
 from sae_steer.model.replay import Edit, whole_pass
 
@@ -178,12 +179,22 @@ def dictionary_gate(spliced: SplicedLoss | None, firings: dict) -> Gate:
     enough = firings["onsets"] >= firings["needs_onsets"] and firings["tasks"] >= firings["needs_tasks"]
     if spliced is None:
         return Gate("4", "the dictionary holds at onsets", enough, fires)
+    return Gate(
+        "4",
+        "the dictionary holds at onsets",
+        enough and spliced.recovered is not None and spliced.recovered >= CE_LEAST,
+        f"{_kept(spliced)} ({spliced.losses}); {fires}",
+    )
+
+
+def _kept(spliced: SplicedLoss) -> str:
+    """What a dictionary keeps of the predictions, and whether that is enough."""
+    if spliced.recovered is None:
+        return "what it recovers of the cross-entropy at onsets is undefined, for mean ablation there costs nothing"
     kept = f"recovers {spliced.recovered:.3f} of the cross-entropy at onsets"
-    if CE_LEAST <= spliced.recovered < CE_WARN:
-        kept += f" ({WARNING}: under {CE_WARN:.2f})"
     if spliced.recovered < CE_LEAST:
-        kept += f", under {CE_LEAST:.2f}"
-    return Gate("4", "the dictionary holds at onsets", enough and spliced.recovered >= CE_LEAST, f"{kept}; {fires}")
+        return f"{kept}, under {CE_LEAST:.2f}"
+    return f"{kept} ({WARNING}: under {CE_WARN:.2f})" if spliced.recovered < CE_WARN else kept
 
 
 def basis_gate(arm: Arm) -> Gate:
@@ -215,7 +226,7 @@ def calibration_gate(causal: int, fresh: int, family: str) -> Gate:
     return Gate("7", "controls are calibrated", causal <= CALIBRATION_LEAST * fresh, said)
 
 
-def gap_gate(mean: float, low: float, high: float) -> Gate:
+def gap_gate(mean: float, low: float, high: float, unit: Unit) -> Gate:
     """Gate 8: the gap's 95 % interval excludes zero."""
-    said = f"gap {100 * mean:.2f} [{100 * low:.2f}, {100 * high:.2f}] points"
+    said = f"gap {unit.plain(mean)} [{unit.plain(low)}, {unit.plain(high)}] {unit.name}"
     return Gate("8", "the models differ", bool(low > 0 or high < 0), said)

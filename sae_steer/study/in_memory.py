@@ -35,8 +35,6 @@ from sae_steer.study.verdict import INVALID
 
 SHARES = {"fit": 0.25, "tune": 0.25}
 """Of the clusters; the others confirm."""
-UNCAPPED = 1e6
-"""The cap of the bound for a measure that is no probability: far beyond any number a model gives."""
 
 
 def intervene(models: Any, subject: Any, *, tokens: Tensor | None = None, **options: Any) -> "Study | MemoryStudy":
@@ -122,7 +120,7 @@ def intervene_in_memory(
     target.model.check_layer(layer, "the target model")
     found = measure if callable(measure) else TargetMass(tuple(int(token) for token in measure))
     probability = isinstance(found, TargetMass)
-    settings = settings or InterveneSettings(**({} if probability else {"bound_cap": UNCAPPED}))
+    settings = settings or InterveneSettings()
     texts = _texts(tokens, positions, lengths, clusters, found.ids if probability else (), settings.seed)
     sae = None if isinstance(subject, Tensor) else on_device(_dictionary(subject), target.model.device)
     bench = Bench(

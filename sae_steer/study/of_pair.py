@@ -37,7 +37,7 @@ from sae_steer.records import provenance, read_json, read_table, write_json, wri
 from sae_steer.settings import SPLITS, InterveneSettings
 from sae_steer.study import gates
 from sae_steer.study.plan import Plan, fix_plan
-from sae_steer.study.protocol import weigh
+from sae_steer.study.protocol import check_settings, weigh
 from sae_steer.study.released import deepdive_steering, three_probes
 from sae_steer.study.table import table
 from sae_steer.study.verdict import INVALID
@@ -306,8 +306,7 @@ def check_inputs(pair: ModelPair, cache: ActivationCache, dictionary: Dictionary
             f"cannot inject {settings.upstream} layers upstream of layer {dictionary.layer}; set upstream to 1 or "
             "more, and take a dictionary of a layer that has as many below it"
         )
-    if settings.primary_dose not in settings.doses:
-        raise InputError(f"the primary dose {settings.primary_dose} is not among the doses {settings.doses}; add it")
+    check_settings(settings)
 
 
 def _name(source: Source) -> str:

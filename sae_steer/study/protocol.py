@@ -34,6 +34,8 @@ from sae_steer.effects.readings import (
     single_controls,
     trials,
 )
+from sae_steer.effects.units import UNCAPPED, cap_of, is_probability, unit_of
+from sae_steer.errors import InputError
 from sae_steer.model.readout import Measure
 from sae_steer.pair.texts import Text
 from sae_steer.progress import Progress, silent
@@ -75,6 +77,7 @@ def weigh(
     Args:
         known_gates: gates that hold of all arms alike and were checked before, such as the dictionary's.
     """
+    check_settings(settings)
     onsets = Onsets.of(texts, settings)
     stats.check_clusters(onsets.single.task)
     readings = []
@@ -102,6 +105,19 @@ def weigh(
     return Evidence(record["verdict"], verdicts, record, trials(readings, onsets, settings), tuple(controls))
 
 
+def check_settings(settings: InterveneSettings) -> None:
+    """Raise the `InputError` of settings under which a gate or a test would have nothing to read."""
+    if settings.primary_dose not in settings.doses:
+        raise InputError(f"the primary dose {settings.primary_dose} is not among the doses {settings.doses}; add it")
+    if 0.0 not in settings.doses:
+        raise InputError(f"dose 0, at which gate 1 reads, is not among the doses {settings.doses}; add it")
+    if settings.controls < 1 or settings.calibration < 1:
+        raise InputError(
+            f"{settings.controls} control and {settings.calibration} fresh directions leave nothing to compare an edit "
+            f"with; set controls to {effects.FEWEST_RANKED} or more, and calibration to 1 or more"
+        )
+
+
 @dataclass(frozen=True)
 class Weighing:
     """All readings of a study, and the tests they are put to."""
@@ -113,6 +129,11 @@ class Weighing:
     settings: InterveneSettings
     joint_controls: dict[str, list[ControlRows]] = field(default_factory=dict)
     """By variant; filled as they are judged."""
+
+    @property
+    def cap(self) -> float:
+        """The largest bound, in the measure's unit."""
+        return cap_of(self.measure, self.settings)
 
     @cached_property
     def gap(self) -> dict[str, Float[np.ndarray, " _row"]]:
@@ -129,7 +150,7 @@ class Weighing:
             self.gap[mode][:, None],
             self.onsets.of_mode(mode).task,
             share=times * settings.bound_share,
-            cap=times * settings.bound_cap,
+            cap=times * self.cap,
             draws=settings.bootstrap_draws,
             seed=settings.seed,
         )
@@ -171,6 +192,7 @@ class Weighing:
                 *self.corrected[name, mode],
                 inside=bool(self.compared[name, mode].inside(LEVEL)[0]),
                 specific_p=ranks[mode],
+                inside_but_few=self._is_inside_but_few(self.compared[name, mode]),
             )
             for mode in MODES
         }
@@ -190,14 +212,12 @@ class Weighing:
             "gates": [gate_record(gate) for gate in checked],
             **{
                 mode: {
-                    **effects.mode_record(found, mode, self.onsets.of_mode(mode), self.gap[mode], settings),
+                    **self._mode_record(found, mode),
                     "tests": self._test_record(found, mode, tests[mode], needs[mode]),
                 }
                 for mode in MODES
             },
-            "joint_doses": effects.mode_record(
-                found, JOINT_DOSES, self.onsets.joint_doses, self.gap[JOINT_DOSES], settings
-            ),
+            "joint_doses": self._mode_record(found, JOINT_DOSES),
             "elsewhere": effects.estimates(
                 found.elsewhere.value[:, 1:] - found.elsewhere.value[:, :1], self.onsets.joint_doses, settings
             )[0],
@@ -206,6 +226,15 @@ class Weighing:
             "by_task": effects.task_means(found.effect("single", EDIT, dose), self.onsets.single),
         }
         return verdict, record
+
+    def _mode_record(self, found: ArmReading, mode: str) -> dict:
+        probability = is_probability(self.measure)
+        onsets, gap = self.onsets.of_mode(mode), self.gap[mode]
+        return effects.mode_record(found, mode, onsets, gap, self.settings, probability=probability)
+
+    @staticmethod
+    def _is_inside_but_few(compared: AgainstBound) -> bool:
+        return bool(compared.p_inside[0] < LEVEL and compared.clusters < stats.MIN_CLUSTERS_FOR_NULL)
 
     def _control_means(self, found: ArmReading) -> dict[tuple[str, float], Float[np.ndarray, " _direction"]]:
         base = found.base("single")[:, None]
@@ -240,14 +269,13 @@ class Weighing:
     def gap_gate(self) -> Gate:
         """Gate 8."""
         gap = self.gap_record("single")
-        return gates.gap_gate(gap["mean"], gap["low"], gap["high"])
+        return gates.gap_gate(gap["mean"], gap["low"], gap["high"], unit_of(self.measure))
 
     def _arm_gates(self, found: ArmReading, single: Sequence[dict]) -> list[Gate]:
         arm, settings = found.arm, self.settings
         same = all(
             np.array_equal(found.effect(mode, EDIT, 0.0), np.zeros(len(found.base(mode))))
             for mode in ("single", JOINT_DOSES)
-            if 0.0 in settings.doses
         )
         checked = gates.check_replay(
             arm, self._gate_rows(found), self.measure, settings.primary_dose, settings.positions
@@ -292,11 +320,12 @@ class Weighing:
     def _beyond(self, found: ArmReading, direction: str, *, times: float) -> tuple[bool, str]:
         """Whether a direction goes beyond `times` the bound as predicted, in either mode, and what it did."""
         sign, dose, held, said = found.arm.variant.predicted_sign, self.settings.primary_dose, [], []
+        unit = unit_of(self.measure)
         for mode in MODES:
             effect = found.effect(mode, direction, dose)
             held.append(bool(self.against(effect, mode, times=times).beyond(sign, LEVEL)[0]))
-            said.append(f"{100 * effect.mean():+.2f} ({mode})")
-        return any(held), f"{', '.join(said)} points"
+            said.append(f"{unit.signed(effect.mean())} ({mode})")
+        return any(held), f"{', '.join(said)} {unit.name}"
 
     def _calibration_gate(self, found: ArmReading, single: Sequence[dict]) -> Gate:
         """Gate 7: fresh directions through the same two tests, in the single mode."""
@@ -306,7 +335,7 @@ class Weighing:
         causal = 0
         for effect in fresh.T:
             mean = float(effect.mean())
-            if all(stats.rank_p(mean, null) <= LEVEL for null in ranked):
+            if ranked and all(stats.rank_p(mean, null) <= LEVEL for null in ranked):
                 causal += bool(self.against(effect, "single").beyond(sign, LEVEL)[0])
         return gates.calibration_gate(causal, fresh.shape[1], found.arm.fresh_family)
 
@@ -317,7 +346,7 @@ class Weighing:
             self.compared[found.arm.variant.name, mode],
         )
         bound = float(compared.bound[0])
-        share = self.settings.bound_share * np.abs(self.gap[mode].mean()) <= self.settings.bound_cap
+        share = self.settings.bound_share * np.abs(self.gap[mode].mean()) <= self.cap
         contrast = effect - self.settings.bound_share * self.gap[mode] if share else effect
         return stats.sample_size(contrast, self.onsets.of_mode(mode).task, max(bound, 1e-12))
 
@@ -351,7 +380,8 @@ class Weighing:
         """The bound as fixed, and as it comes out at the estimated gap."""
         settings = self.settings
         first = next(iter(self.compared.values()))
-        return {"share": settings.bound_share, "cap": settings.bound_cap, "value": float(first.bound[0])}
+        cap = None if self.cap == UNCAPPED else self.cap
+        return {"share": settings.bound_share, "cap": cap, "value": float(first.bound[0])}
 
 
 def gate_record(gate: Gate) -> dict:

@@ -60,6 +60,8 @@ def _variant(record: Mapping, variant: Mapping) -> str:
 
 def _sampled(variant: Mapping) -> str:
     strict = variant["sampled"]["strict"]
+    if strict["delta"] is None:
+        return f"{variant['variant']:<12} in sampled plans no step was written, so that no rate can be told"
     paired = strict["paired"]
     same = f"{100 * paired['delta']:+.1f}" + ("" if paired["p"] is None else f" (p {paired['p']:.3f})")
     return (

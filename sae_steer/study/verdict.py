@@ -6,7 +6,8 @@ NULL          the 90 % interval lies inside the bound, for the single and the jo
 CAUSAL        beyond the bound with the predicted sign (single or joint), and further than control directions go
 OPPOSITE      the same with the other sign
 NON-SPECIFIC  beyond the bound, but control directions go as far
-INCONCLUSIVE  none of these: the interval straddles the bound, or nothing of this size moves this model
+INCONCLUSIVE  none of these: the interval straddles the bound, or lies inside it on too few tasks, or too few control
+              directions were read to rank the effect, or nothing of this size moves this model
 
 The minimum-effect p of a study's variants and modes are Holm-corrected together, so that one CAUSAL among them
 is wrong in 5 % of studies; a null needs no correction, because all four must hold (intersection-union).
@@ -15,7 +16,9 @@ is wrong in 5 % of studies; a null needs no correction, because all four must ho
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sae_steer.effects.estimates import FEWEST_RANKED
 from sae_steer.settings import LEVEL
+from sae_steer.stats import MIN_CLUSTERS_FOR_NULL
 from sae_steer.study.gates import Gate
 
 INVALID, NULL, CAUSAL, OPPOSITE = "INVALID", "NULL", "CAUSAL", "OPPOSITE"
@@ -33,7 +36,9 @@ class ModeTests:
     inside: bool
     """Whether the 90 % interval lies inside the bound, on tasks enough for a null."""
     specific_p: float | None
-    """The largest rank p among the control families; None where no family was read."""
+    """The largest rank p among the control families; None where none has members enough to be ranked against."""
+    inside_but_few: bool = False
+    """Whether the interval lies inside the bound, on too few tasks for a null."""
 
     def beyond(self, sign: int) -> bool:
         """Whether the effect lies beyond the bound on the side of `sign`."""
@@ -72,6 +77,12 @@ def judge(predicted_sign: int, modes: Mapping[str, ModeTests], gates: Sequence[G
             side = "in the predicted direction" if name == CAUSAL else "against the prediction"
             return Verdict(name, f"beyond the bound {side} and further than control directions go ({_and(found)})")
     beyond = [mode for mode, tests in modes.items() if tests.beyond(+1) or tests.beyond(-1)]
+    if beyond and all(modes[mode].specific_p is None for mode in beyond):
+        return Verdict(
+            INCONCLUSIVE,
+            f"beyond the bound ({_and(beyond)}), but too few control directions were read to tell whether any of this "
+            f"size goes as far; a family ranks an effect from {FEWEST_RANKED} on: set controls to so many or more",
+        )
     if beyond:
         why = "but control directions of the same size go as far"
         if not calibrated:
@@ -83,6 +94,9 @@ def judge(predicted_sign: int, modes: Mapping[str, ModeTests], gates: Sequence[G
             "nothing of this size moves this model: no positive control of the delivered length exceeds twice the "
             "bound, so that an effect inside it says nothing",
         )
+    if all(tests.inside or tests.inside_but_few for tests in modes.values()):
+        few = f"fewer than the {MIN_CLUSTERS_FOR_NULL} tasks that a null needs"
+        return Verdict(INCONCLUSIVE, f"the interval lies inside the bound, but on {few}")
     return Verdict(INCONCLUSIVE, f"the interval straddles the bound; {needs}")
 
 

@@ -100,10 +100,11 @@ def test_every_test_has_its_draws_and_q_is_over_all_of_them(atlas):
 
 
 def test_tags_follow_from_the_tests_passed():
-    passed = {"as_predicted": True, "beyond": True, "stands_out": True, "inside": False}
+    passed = {"as_predicted": True, "beyond": True, "stands_out": True, "outdone": False, "inside": False}
     assert tag(**passed) == BEYOND
     assert tag(**passed | {"as_predicted": False}) == "opposite"
-    assert tag(**passed | {"stands_out": False}) == "common"
+    assert tag(**passed | {"stands_out": False, "outdone": True}) == "common"
+    assert tag(**passed | {"stands_out": False}) == "open", "no control goes as far, and there are too few of them"
     assert tag(**passed | {"beyond": False}) == "open"
     assert tag(**passed | {"beyond": False, "inside": True}) == INSIDE
 

@@ -215,3 +215,23 @@ def test_the_direction_the_unembedding_reads_beats_every_random_one(toy_pair, to
     )[0]
     effect = (found.value[:, 1:] - found.value[:, :1]).mean(axis=0)
     assert effect[0] > np.abs(effect[1:]).max()
+
+
+def test_at_the_end_of_a_text_nothing_follows_whatever_longer_texts_stand_beside_it(pair, texts, edits):
+    last = [np.array([2, len(text) - 1]) for text in texts]
+    onsets = OnsetRows.of(texts, last)
+    assert len(onsets.batches) == 1
+    assert len({len(text) for text in texts}) > 1
+    for joint in (False, True):
+        found = read(pair.target.model, 2, [Request(onsets, [unedited, edits["inject"]], joint=joint)], MASS)[0]
+        length = {text.prompt: len(text) for text in texts}
+        at_end = np.array([at == length[p] - 1 for p, at in zip(onsets.prompt, onsets.position, strict=True)])
+        assert at_end.sum() == len(texts)
+        assert np.isnan(found.off_target[at_end]).all()
+        assert np.isfinite(found.off_target[~at_end]).any()
+        for text in texts:  # the reading itself is that of the text alone
+            alone = OnsetRows.of([text], [np.array([2, len(text) - 1])])
+            one = read(pair.target.model, 2, [Request(alone, [unedited, edits["inject"]], joint=joint)], MASS)[0]
+            mine = onsets.prompt == text.prompt
+            np.testing.assert_allclose(found.value[mine], one.value, atol=1e-6, rtol=1e-4)
+            np.testing.assert_allclose(found.off_target[mine], one.off_target, atol=1e-4)

@@ -10,7 +10,7 @@ from toy import CAUSE, FEATURE, INTERVENE, SIZE
 from sae_steer.corpus import OnsetRule
 from sae_steer.edits.arms import Bench
 from sae_steer.edits.variants import Direction, four_variants
-from sae_steer.effects.sampled import SampledArms, compare, plan_prompts
+from sae_steer.effects.sampled import STEPS, SampledArms, compare, plan_prompts
 from sae_steer.model.readout import TargetMass
 
 INJECT, SUBTRACT, ABLATE, UPSTREAM = four_variants(1)
@@ -152,3 +152,14 @@ def test_a_model_that_writes_no_step_has_no_rate_to_compare(samples, arm, prompt
     samples._baselines["standard"] = np.zeros((len(prompts), 3, 3), dtype=np.int64)
     assert samples.read(arm(1.0)) is None
     assert samples.read(arm(1.0, ABLATE)) is not None
+
+
+def test_an_arm_that_writes_no_step_has_no_rate_and_no_difference():
+    random = np.random.default_rng(0)
+    baseline = random.integers(1, 9, (80, 4, 3))
+    silenced = np.zeros((80, 1, 3), dtype=baseline.dtype)
+    found = compare(silenced, baseline, TASK, INTERVENE)
+    assert found["steps"] == silenced[..., STEPS].sum() == 0
+    for matcher in ("strict", "lenient"):
+        assert (found[matcher]["rate"], found[matcher]["delta"], found[matcher]["p"]) == (None, None, None)
+        assert found[matcher]["baseline_rate"] > 0

@@ -1,5 +1,7 @@
 """Cross-entropy recovered: 1 for a perfect dictionary, 0 for a constant one, and the same as splicing by a hook."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -82,3 +84,58 @@ def test_the_record_beside_a_dictionary_is_made_once(
 def test_texts_of_one_task_are_refused(pair, texts, dictionary) -> None:
     with pytest.raises(InputError, match="two tasks or more"):
         ce_recovered(pair.target.model, dictionary.sae, texts[:1], LAYER, only_onsets=True)
+
+
+@pytest.mark.parametrize(
+    ("clean", "spliced", "ablated"),
+    [(4.10, 4.17, 4.03), (4.10, 4.20, 4.10), (4.10, 4.15, 4.1001)],
+    ids=["ablating helps", "ablating costs nothing", "ablating costs less than its noise"],
+)
+def test_a_share_of_nothing_is_undefined_and_fails_gate_4_with_its_losses(
+    monkeypatch, pair, texts, clean, spliced, ablated
+) -> None:
+    from sae_steer.effects import splicing
+    from sae_steer.study.gates import dictionary_gate
+
+    random = np.random.default_rng(0)
+
+    def losses(model, sae, batch, layer, mean):
+        noise = random.normal(0, 0.2, (int(batch.real.sum()), 1))
+        return np.array([clean, spliced, ablated]) + noise * np.array([0.0, 0.5, 1.0])
+
+    monkeypatch.setattr(splicing, "_losses", losses)
+    found = ce_recovered(pair.target.model, nn.Identity(), texts, LAYER, only_onsets=True, draws=DRAWS)
+    assert (found.recovered, found.low, found.high) == (None, None, None)
+    firings = {"onsets": 500, "tasks": 100, "needs_onsets": 50, "needs_tasks": 30}
+    gate = dictionary_gate(found, firings)
+    assert not gate.passed
+    assert gate.invalidates
+    assert "undefined" in gate.detail
+    assert f"{found.clean:.2f} nats clean, {found.spliced:.2f} spliced, {found.mean_ablated:.2f}" in gate.detail
+
+
+def test_the_loss_at_the_end_of_a_text_is_expected_over_the_clean_prediction(pair, texts, dictionary) -> None:
+    model, sae, ends = pair.target.model, dictionary.sae, []
+    marked = [replace(text, is_onset=np.arange(len(text)) == len(text) - 1) for text in texts]
+    rows = []
+    for text in marked:
+        tokens = torch.from_numpy(text.token.astype(np.int64))[None]
+        rows.append(model.resid_posts(tokens, (LAYER,))[LAYER][0, -1].detach())
+    mean = torch.stack(rows).mean(0)
+    for text in marked:
+        tokens, read = torch.from_numpy(text.token.astype(np.int64))[None], []
+        for edit in (lambda x: x, sae, lambda x: mean.expand_as(x)):
+
+            def splice(module, inputs, resid, edit=edit):
+                return torch.cat([resid[:, :-1], edit(resid[0, -1:])[None]], dim=1)
+
+            handle = model.layers[LAYER].register_forward_hook(splice)
+            with torch.no_grad():
+                read.append(model(tokens)[0, -1].double().log_softmax(-1))
+            handle.remove()
+        ends.append([-float((read[0].exp() * log).sum()) for log in read])
+    clean, spliced, ablated = np.mean(ends, axis=0)
+    found = ce_recovered(model, sae, marked, LAYER, only_onsets=True, draws=DRAWS)
+    assert found.n == found.ends == len(texts)
+    assert (found.clean, found.spliced, found.mean_ablated) == pytest.approx((clean, spliced, ablated), abs=1e-4)
+    assert found.recovered == pytest.approx((ablated - spliced) / (ablated - clean), abs=1e-3)

@@ -12,8 +12,8 @@ from sae_steer.sae.log import Log, StepFacts
 from sae_steer.sae.trackers import TRACKERS, tracker
 
 
-def facts(step: int, name: str = "", loss: float = 0.25) -> StepFacts:
-    return StepFacts(name=name, step=step, steps=40, loss=loss, fve=1 - loss, dead=0.125, lr=0.5)
+def facts(step: int, name: str = "", loss: float = 0.25, dead: float | None = 0.125) -> StepFacts:
+    return StepFacts(name=name, step=step, steps=40, loss=loss, fve=1 - loss, dead=dead, lr=0.5)
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -50,6 +50,19 @@ def test_what_a_checkpoint_has_seen_is_on_disk_and_a_resumed_run_tells_each_step
         resumed.step(facts(step, loss=0.5))
     resumed.done(40)
     assert scalars(tmp_path / "tensorboard")["loss"] == [(10, 0.25), (20, 0.5), (30, 0.5), (40, 0.5)]
+
+
+def test_a_share_of_dead_features_that_cannot_be_known_yet_is_told_to_no_log(tmp_path: Path, capsys) -> None:
+    pytest.importorskip("tensorboard")
+    from sae_steer.terminal import Bar, TrainingBar
+
+    log = tracker("tensorboard", tmp_path, "run", {})
+    for step, dead in ((10, None), (20, 0.5)):
+        log.step(facts(step, dead=dead))
+    log.done(20)
+    assert scalars(tmp_path / "tensorboard")["dead"] == [(20, 0.5)]
+    TrainingBar(Bar("train-sae")).step(facts(40, dead=None))
+    assert "dead not known yet" in capsys.readouterr().err
 
 
 class FakeRun:

@@ -209,3 +209,11 @@ def test_an_exploding_loss_names_the_step(planted, planted_rows, short, world: W
 def test_the_default_rate_falls_with_the_root_of_the_width() -> None:
     assert SAESettings(d_sae=16384).peak_lr == pytest.approx(SAESettings(d_sae=4096).peak_lr / 2)
     assert SAESettings(lr=0.1, d_sae=16384).peak_lr == 0.1
+
+
+def test_how_many_features_are_dead_is_not_told_before_any_can_be(planted, short: SAESettings, world: World) -> None:
+    log, rows = Kept(), short.rows // 2
+    train_dictionary(planted, replace(short, dead_after_rows=rows), world=world, log=log)
+    for facts in log.facts:
+        assert (facts.dead is None) == (facts.step * short.batch_size <= rows)
+    assert {facts.dead is None for facts in log.facts} == {True, False}

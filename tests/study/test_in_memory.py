@@ -147,3 +147,78 @@ def test_what_cannot_be_studied_is_told_in_one_line(toy_pair, texts, ids, cause)
         ss.intervene(toy_pair, np.ones(16), measure=ids, **texts)
     with pytest.raises(InputError, match="give tokens= and positions="):
         ss.intervene(toy_pair, cause)
+
+
+def log_odds_of(ids):
+    """A measure of one's own, in nats."""
+
+    def log_odds(logits):
+        rest = logits.clone()
+        rest[..., ids] = -torch.inf
+        return logits[..., ids].logsumexp(-1) - rest.logsumexp(-1)
+
+    return log_odds
+
+
+def test_too_few_controls_leave_the_verdict_open_and_say_how_many_it_takes(toy_pair, texts, ids, cause):
+    few = replace(SETTINGS, controls=5, ribbon=2, calibration=2)
+    study = ss.intervene(toy_pair, cause, measure=ids, **{**texts, "settings": few})
+    subtract = next(v for v in study.record["variants"] if v["variant"] == "subtract")
+    assert subtract["single"]["tests"]["p_below_holm"] < 0.05, "the effect lies beyond the bound"
+    furthest = max(abs(mean) for family in subtract["controls"] for mean in family["means"])
+    assert abs(effects(study)["subtract"]) > furthest, "no control goes as far"
+    assert subtract["verdict"] == study.verdict == "INCONCLUSIVE"
+    assert "a family ranks an effect from 19 on" in subtract["why"]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"doses": (0.0, 2.0)}, "the primary dose 1.0 is not among the doses"),
+        ({"doses": (0.5, 1.0)}, "dose 0, at which gate 1 reads, is not among the doses"),
+        ({"controls": 0}, "set controls to 19 or more"),
+        ({"calibration": 0}, "calibration to 1 or more"),
+    ],
+)
+def test_settings_that_leave_a_gate_nothing_to_read_are_refused(toy_pair, texts, ids, cause, change, match):
+    with pytest.raises(InputError, match=match):
+        ss.intervene(toy_pair, cause, measure=ids, **{**texts, "settings": replace(SETTINGS, **change)})
+
+
+def test_a_measure_in_logits_has_no_cap_of_probabilities_and_is_not_told_in_points(toy_pair, texts, ids, cause):
+    few = {**texts, "settings": replace(FEW, doses=(0.0, 1.0))}
+    own = ss.intervene(toy_pair, cause, measure=log_odds_of(ids), **few).record
+    assert own["bound"]["cap"] is None
+    assert own["bound"]["value"] == pytest.approx(0.05 * abs(own["gap"]["single"]["mean"]))
+    assert own["bound"]["value"] > 0.012
+    details = [gate["detail"] for part in [own, *own["variants"]] for gate in part["gates"]]
+    assert not any("points" in detail for detail in details)
+    assert any("in the measure's own unit" in detail for detail in details)
+    assert {row["log_odds"] for v in own["variants"] for row in v["single"]["doses"]} == {None}
+    probability = ss.intervene(toy_pair, cause, measure=ids, **few).record
+    assert probability["bound"]["cap"] == 0.012
+    assert any("points" in gate["detail"] for gate in probability["gates"])
+    chosen = replace(few["settings"], bound_cap=0.5)
+    capped = ss.intervene(toy_pair, cause, measure=log_odds_of(ids), **{**few, "settings": chosen}).record
+    assert capped["bound"]["cap"] == 0.5
+
+
+def test_texts_read_at_their_last_token_are_studied_whatever_their_lengths(toy_pair, ids, cause):
+    random = torch.Generator().manual_seed(4)
+    lengths = torch.randint(8, 25, (TEXTS,), generator=random)
+    tokens, last = torch.randint(10, 900, (TEXTS, 24), generator=random), torch.arange(TEXTS)
+    tokens[last, lengths - 1] = toy_pair.tokenizer.token_id("<|sep|>")
+    marked = torch.zeros(TEXTS, 24, dtype=torch.bool)
+    marked[last, lengths - 1] = True
+    texts = {"tokens": tokens, "positions": marked, "lengths": lengths, "layer": 2, "settings": FEW, "measure": ids}
+    moved = effects(ss.intervene(toy_pair, cause, **texts))
+    assert moved["subtract"] < -0.02 < 0.02 < moved["inject"]
+    of_feature = ss.intervene(toy_pair, toy_sae(), feature=FEATURE, **texts)
+    gate = next(gate for gate in of_feature.record["gates"] if gate["gate"] == "4")
+    assert "nats clean" in gate["detail"]
+    for variant in of_feature.record["variants"]:
+        for row in variant["single"]["doses"]:
+            assert (row["off_target_nats"], row["off_target_rows"]) == (None, 0)
+    shifted = {**texts, "tokens": tokens.masked_fill(torch.arange(24) >= lengths[:, None], 5)}
+    again = effects(ss.intervene(toy_pair, cause, **shifted))
+    assert again == pytest.approx(moved, abs=1e-6), "what stands in the padding does not matter"

@@ -12,6 +12,7 @@ BELOW = ModeTests(1.0, 0.001, inside=False, specific_p=0.005)
 COMMON = ModeTests(0.001, 1.0, inside=False, specific_p=0.2)
 BETWEEN = ModeTests(0.4, 1.0, inside=False, specific_p=0.005)
 UNRANKED = ModeTests(0.001, 1.0, inside=False, specific_p=None)
+FEW_TASKS = ModeTests(1.0, 1.0, inside=False, specific_p=0.5, inside_but_few=True)
 
 
 def verdict(single, joint, *failing, sign=1):
@@ -31,7 +32,10 @@ def verdict(single, joint, *failing, sign=1):
         (ABOVE, BELOW, 1, "CAUSAL"),
         (COMMON, COMMON, 1, "NON-SPECIFIC"),
         (COMMON, ABOVE, 1, "CAUSAL"),
-        (UNRANKED, INSIDE, 1, "NON-SPECIFIC"),
+        (UNRANKED, INSIDE, 1, "INCONCLUSIVE"),
+        (UNRANKED, UNRANKED, 1, "INCONCLUSIVE"),
+        (COMMON, UNRANKED, 1, "NON-SPECIFIC"),
+        (FEW_TASKS, FEW_TASKS, 1, "INCONCLUSIVE"),
         (BETWEEN, INSIDE, 1, "INCONCLUSIVE"),
     ],
 )
@@ -57,6 +61,18 @@ def test_without_calibrated_controls_nothing_is_causal():
     assert verdict(ABOVE, ABOVE, "7").name == "NON-SPECIFIC"
     assert verdict(BELOW, BELOW, "7").name == "NON-SPECIFIC"
     assert verdict(INSIDE, INSIDE, "7").name == "NULL"
+
+
+def test_too_few_controls_are_not_said_to_go_as_far_but_say_how_many_it_takes():
+    why = verdict(UNRANKED, INSIDE).why
+    assert "go as far" not in why.replace("goes as far", "")
+    assert "set controls to so many or more" in why
+    assert "from 19 on" in why
+
+
+def test_an_interval_inside_the_bound_on_too_few_tasks_is_not_said_to_straddle_it():
+    assert "lies inside the bound, but on fewer than the 100 tasks" in verdict(FEW_TASKS, FEW_TASKS).why
+    assert "straddles" in verdict(FEW_TASKS, BETWEEN).why
 
 
 def test_an_interval_that_straddles_the_bound_says_what_it_would_take():

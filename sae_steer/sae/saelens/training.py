@@ -173,9 +173,10 @@ def _facts(trainer, output, rows: RowSource, steps: int, lr: float, checkpoint: 
         raise NotFiniteError(f"the loss is {loss} at step {step}; {last_good(checkpoint)}")
     scaled_square = rows.mean_square * trainer.activation_scaler.scaling_factor**2
     error = float((output.sae_in - output.sae_out).detach().float().square().sum(1).mean())
+    can_be_dead = step > trainer.cfg.dead_feature_window
     return StepFacts(
         step=step, steps=steps, loss=loss, fve=1 - error / scaled_square,
-        dead=float(trainer.dead_neurons.double().mean()), lr=lr,
+        dead=float(trainer.dead_neurons.double().mean()) if can_be_dead else None, lr=lr,
     )  # fmt: skip
 
 
