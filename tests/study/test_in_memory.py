@@ -8,6 +8,7 @@ import torch
 from toy import CAUSE, FEATURE, SHAPE, toy_sae
 
 import sae_steer as ss
+from sae_steer.effects.units import cap_of
 from sae_steer.errors import InputError
 from sae_steer.model.loading import save_decoder
 from sae_steer.sae.saelens.adapter import sae_lens
@@ -198,9 +199,7 @@ def test_a_measure_in_logits_has_no_cap_of_probabilities_and_is_not_told_in_poin
     probability = ss.intervene(toy_pair, cause, measure=ids, **few).record
     assert probability["bound"]["cap"] == 0.012
     assert any("points" in gate["detail"] for gate in probability["gates"])
-    chosen = replace(few["settings"], bound_cap=0.5)
-    capped = ss.intervene(toy_pair, cause, measure=log_odds_of(ids), **{**few, "settings": chosen}).record
-    assert capped["bound"]["cap"] == 0.5
+    assert cap_of(log_odds_of(ids), replace(SETTINGS, bound_cap=0.5)) == 0.5, "one that is set is kept"
 
 
 def test_texts_read_at_their_last_token_are_studied_whatever_their_lengths(toy_pair, ids, cause):
