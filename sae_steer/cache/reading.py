@@ -16,7 +16,7 @@ from sae_steer.cache.layout import BLOCK, FORMAT, LABELS, MANIFEST, site
 from sae_steer.cache.shuffle import Shuffle
 from sae_steer.cache.storage import decoded
 from sae_steer.cache.stored import StoredRows
-from sae_steer.corpus import TargetTokens, first_token_purity
+from sae_steer.corpus import TargetTokens, count_first_tokens
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
 from sae_steer.pair.model_pair import ModelPair
@@ -78,8 +78,8 @@ class ActivationCache:
 
     def target_tokens(self, pair: ModelPair) -> TargetTokens:
         """The tokens whose probability is measured, counted over the train split in the target's rendering."""
-        texts = (text.token.tolist() for text in self.own_texts("train", pair.target.name))
-        return first_token_purity(texts, tokenizer=pair.tokenizer, rule=pair.onsets, phrases=pair.phrases)
+        texts = ((text.token, text) for text in self.own_texts("train", pair.target.name))
+        return count_first_tokens(texts, tokenizer=pair.tokenizer, phrases=pair.phrases)
 
     def check_pair(self, pair: ModelPair) -> None:
         """Raise `InputError` unless this cache was written from `pair`."""

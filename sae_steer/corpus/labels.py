@@ -1,23 +1,26 @@
 """Onsets, the positions where a model chooses the next step, and the tokens regulation steps begin with.
 
 1. An onset is a delimiter followed by a step: `<|steps|>` or `<|sep|>`, but not the `<|sep|>` before
-   `<|end|>`, nor one at the very end. Other domains name their delimiters by a regular expression.
+   `<|end|>`, nor one at the very end. Other domains name their delimiters by a regular expression over the text;
+   which token a delimiter ends with, the tokenizer's own character offsets say.
 2. A step is what stands between its onset and the next delimiter or special token.
 3. The target tokens are the first tokens of regulation steps that (almost) only begin regulation steps.
 """
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32
 
 from sae_steer.corpus.plans import SEP, STEPS
 from sae_steer.corpus.regulation import REGULATION_PHRASES, is_target
+from sae_steer.corpus.spans import TokenizedText
 from sae_steer.corpus.tokenizer import PlanTokenizer
 from sae_steer.errors import InputError
 
@@ -31,30 +34,29 @@ class OnsetRule:
     tokens: tuple[str, ...] = (STEPS, SEP)
     regex: str | None = None
 
-    def steps(self, ids: Sequence[int], tokenizer: PlanTokenizer) -> list[tuple[int, str]]:
+    def steps(self, text: TokenizedText | Sequence[int], tokenizer: PlanTokenizer) -> list[tuple[int, str]]:
         """Every onset, a delimiter's last token, with the text of the step it opens, up to the next delimiter or
-        special token. A regex match that ends inside a token has no onset.
+        special token. A delimiter that ends inside a token, but for white space, has no onset.
         """
-        controls = [position for position, token in enumerate(ids) if token in tokenizer.control_ids]
+        text = _read(text, tokenizer)
+        controls = [at for at, token in enumerate(text.ids) if token in tokenizer.control_ids]
         if self.regex is not None:
-            found = self._steps_by_regex(ids, tokenizer, controls)
+            steps = self._steps_by_regex(text, controls)
         else:
-            known = {tokenizer.token_id(token) for token in self.tokens}
-            delimiters = [position for position, token in enumerate(ids) if token in known]
-            following = dict(pairwise(sorted({*delimiters, *controls, len(ids)})))
-            found = ((at, tokenizer.decode(ids[at + 1 : following[at]]).strip()) for at in delimiters)
-        return [(at, text) for at, text in found if text]
+            delimiters = {tokenizer.token_id(token) for token in self.tokens}
+            places = {at for at, token in enumerate(text.ids) if token in delimiters}
+            steps = _steps_between(text, places, controls)
+        return [(at, step) for at, step in steps if step]
 
-    def _steps_by_regex(
-        self, ids: Sequence[int], tokenizer: PlanTokenizer, controls: list[int]
-    ) -> Iterator[tuple[int, str]]:
+    def _steps_by_regex(self, text: TokenizedText, controls: list[int]) -> Iterator[tuple[int, str]]:
         """Steps cut from the text: a delimiter may be several tokens, and begin inside one of the step before it."""
-        text, ends = tokenizer.decode(ids), tokenizer.ends(ids)
-        matches, places = self._matches(text), _first_to_reach(ends)
-        stops = sorted({*(match.start() for match in matches), *([0, *ends][at] for at in controls), len(text)})
+        matches, ends = self._matches(text.text), _Ends.of(text)
+        starts = (text.spans[at][0] for at in controls)
+        stops = sorted({*(match.start() for match in matches), *starts, len(text.text)})
         for match in matches:
-            if match.end() in places:
-                yield places[match.end()], text[match.end() : stops[bisect_left(stops, match.end())]].strip()
+            position = ends.last_token_of(match.end())
+            if position is not None:
+                yield position, text.text[match.end() : stops[bisect_left(stops, match.end())]].strip()
 
     def _matches(self, text: str) -> list[re.Match[str]]:
         try:
@@ -63,9 +65,45 @@ class OnsetRule:
             raise InputError(f"onset regex {self.regex!r} does not compile ({error}); correct it") from error
 
 
-def _first_to_reach(ends: list[int]) -> dict[int, int]:
-    """{characters finished: the first token that finishes them}; tokens that finish none share an end."""
-    return {end: at for at, end in reversed(list(enumerate(ends)))}
+def _steps_between(text: TokenizedText, places: set[int], controls: list[int]) -> Iterator[tuple[int, str]]:
+    """Steps from each delimiter, one token, to the next or to a special token."""
+    starts = [*(start for start, _ in text.spans), len(text.text)]
+    for at, following in pairwise(sorted({*places, *controls, len(text.ids)})):
+        if at in places:
+            yield at, text.text[text.spans[at][1] : starts[following]].strip()
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Where the tokens of a text end, those that stand for no character left out."""
+
+    text: str
+    tokens: list[int]
+    ends: list[int]
+    """Never falling."""
+
+    @classmethod
+    def of(cls, text: TokenizedText) -> "_Ends":
+        tokens = [at for at, (start, end) in enumerate(text.spans) if start < end]
+        return cls(text.text, tokens, list(accumulate((text.spans[at][1] for at in tokens), max)))
+
+    def last_token_of(self, end: int) -> int | None:
+        """The last token of a delimiter that ends before character `end`: what predicts the step's first token.
+
+        White space at the delimiter's end may have gone to the step's first token or nowhere, and white space after
+        it may have come along.
+        """
+        before = bisect_right(self.ends, end) - 1
+        after = before + 1
+        if before >= 0 and self.ends[before] == end:
+            at = before
+        elif after < len(self.ends) and not self.text[end : self.ends[after]].strip():
+            at = after
+        elif before >= 0 and not self.text[self.ends[before] : end].strip():
+            at = before
+        else:
+            return None
+        return self.tokens[at] if at + 1 < len(self.tokens) else None
 
 
 @dataclass(frozen=True)
@@ -90,24 +128,28 @@ INTERPGPT = OnsetRule()
 
 
 def label_positions(
-    ids: Sequence[int],
+    text: TokenizedText | Sequence[int],
     *,
     tokenizer: PlanTokenizer,
     rule: OnsetRule = INTERPGPT,
     phrases: Iterable[str] = REGULATION_PHRASES,
 ) -> Onsets:
-    """The onsets of one tokenised text, and which of them open a step that is one of the target phrases."""
-    phrases = tuple(phrases)
+    """The onsets of one tokenised text, or of ids alone, and which of them open a step that is a target phrase."""
+    phrases, read = tuple(phrases), _read(text, tokenizer)
     labels = Onsets(
-        np.zeros(len(ids), dtype=bool),
-        np.full(len(ids), -1, dtype=np.int32),
-        np.zeros(len(ids), dtype=bool),
+        np.zeros(len(read.ids), dtype=bool),
+        np.full(len(read.ids), -1, dtype=np.int32),
+        np.zeros(len(read.ids), dtype=bool),
     )
-    for number, (position, text) in enumerate(rule.steps(ids, tokenizer)):
+    for number, (position, step) in enumerate(rule.steps(read, tokenizer)):
         labels.is_onset[position] = True
         labels.step[position] = number
-        labels.next_is_target[position] = is_target(text, phrases)
+        labels.next_is_target[position] = is_target(step, phrases)
     return labels
+
+
+def _read(text: TokenizedText | Sequence[int], tokenizer: PlanTokenizer) -> TokenizedText:
+    return text if isinstance(text, TokenizedText) else tokenizer.detokenized(text)
 
 
 @dataclass(frozen=True)
@@ -126,6 +168,14 @@ class TargetTokens:
         return {"ids": list(self.ids), "tokens": texts, "coverage": self.coverage}
 
 
+class Labelled(Protocol):
+    """A text's ids, and which of them are onsets and open a target phrase."""
+
+    token: Sequence[int] | np.ndarray
+    is_onset: Bool[np.ndarray, " pos"]
+    next_is_target: Bool[np.ndarray, " pos"]
+
+
 def first_token_purity(
     texts_ids: Iterable[Sequence[int]],
     *,
@@ -134,20 +184,40 @@ def first_token_purity(
     phrases: Iterable[str] = REGULATION_PHRASES,
     min_purity: float = MIN_PURITY,
 ) -> TargetTokens:
-    """The target token set, counted over training text of the target variant."""
+    """The target token set, counted over training text of the target variant, of which there are ids alone."""
     phrases = tuple(phrases)
-    unmade = [phrase for phrase in phrases if not is_target(tokenizer.decode(tokenizer.encode_text(phrase)), (phrase,))]
+    labelled = ((ids, label_positions(ids, tokenizer=tokenizer, rule=rule, phrases=phrases)) for ids in texts_ids)
+    return count_first_tokens(labelled, tokenizer=tokenizer, phrases=phrases, min_purity=min_purity)
+
+
+@runtime_checkable
+class Labels(Protocol):
+    """Which tokens of a text are onsets, and which of those open a target phrase."""
+
+    is_onset: Bool[np.ndarray, " pos"]
+    next_is_target: Bool[np.ndarray, " pos"]
+
+
+def count_first_tokens(
+    labelled: Iterable[tuple[Sequence[int] | np.ndarray, Labels]],
+    *,
+    tokenizer: PlanTokenizer,
+    phrases: tuple[str, ...],
+    min_purity: float = MIN_PURITY,
+) -> TargetTokens:
+    """The target token set of texts whose labels stand beside their ids."""
+    unmade = [phrase for phrase in phrases if not tokenizer.can_make(phrase)]
     if unmade:
         raise InputError(
             f"the tokenizer cannot make {len(unmade)} of the {len(phrases)} target phrases, the first {unmade[0]!r}; "
             "take it out of target.phrases, or spell it with what the tokenizer knows"
         )
     target, every = Counter(), Counter()
-    for ids in texts_ids:
-        for position, text in rule.steps(ids, tokenizer):
-            first = int(ids[position + 1])
-            every[first] += 1
-            target[first] += is_target(text, phrases)
+    for ids, labels in labelled:
+        onsets = np.flatnonzero(labels.is_onset)
+        first = np.asarray(ids)[onsets + 1]
+        every.update(first.tolist())
+        target.update(first[labels.next_is_target[onsets]].tolist())
     purity = {first: target[first] / every[first] for first in sorted(every) if target[first]}
     if not purity:
         raise InputError("no step of these texts is a target phrase; check target.phrases and the onset rule")

@@ -18,6 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from sae_steer.corpus.plans import PAD, SPECIAL_PATTERN, SPECIALS, STEPS, TASK
+from sae_steer.corpus.spans import TokenizedText, spans_of_ids
 from sae_steer.errors import InputError
 
 UNUSED = " unused "
@@ -32,8 +33,9 @@ class PlanTokenizer:
 
     def __init__(self, content: str, *, template: bool = False) -> None:
         self.content, self.template = content, template
-        self._parsing = Tokenizer.from_str(content)
-        self._literal = Tokenizer.from_str(content)
+        exact = _with_whole_offsets(content)
+        self._parsing = Tokenizer.from_str(exact)
+        self._literal = Tokenizer.from_str(exact)
         for tokenizer in (self._parsing, self._literal):
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -74,9 +76,15 @@ class PlanTokenizer:
     def read(cls, content: str, origin: str, *, template: bool = False) -> "PlanTokenizer":
         """The tokenizer of a tokenizer.json's content; `origin` names it in an error."""
         try:
-            return cls(content, template=template)
+            tokenizer = cls(content, template=template)
+            dropout = json.loads(content)["model"].get("dropout")
         except Exception as error:  # tokenizers raises no narrower type
             raise InputError(f"{origin} is no tokenizer.json ({error}); give one saved by `tokenizers`") from error
+        if dropout:
+            raise InputError(
+                f"{origin} has dropout {dropout}: it reads one text as other ids every time; set model.dropout to null"
+            )
+        return tokenizer
 
     def save(self, path: Path) -> Path:
         """Write the tokenizer.json, beside and renamed; returns `path`."""
@@ -88,15 +96,16 @@ class PlanTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text of ours, whose special tokens are delimiters."""
-        return self._parsing.encode(text, add_special_tokens=self.template).ids
+        return self._parsing.encode(_in_utf8(text), add_special_tokens=self.template).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once."""
-        return [row.ids for row in self._parsing.encode_batch_fast(list(texts), add_special_tokens=self.template)]
+        valid = [_in_utf8(text) for text in texts]
+        return [row.ids for row in self._parsing.encode_batch_fast(valid, add_special_tokens=self.template)]
 
     def encode_text(self, user_text: str) -> list[int]:
         """Token ids of words a user typed: nothing in them is a delimiter."""
-        return self._literal.encode(user_text, add_special_tokens=False).ids
+        return self._literal.encode(_in_utf8(user_text), add_special_tokens=False).ids
 
     def encode_prompt(self, title: str) -> list[int]:
         """`<|task|>` title `<|steps|>`: what a model continues with a plan."""
@@ -106,23 +115,24 @@ class PlanTokenizer:
         """The text of `ids`, special tokens spelled out."""
         return self._parsing.decode(list(ids), skip_special_tokens=False)
 
-    def ends(self, ids: Sequence[int]) -> list[int]:
-        """For each token, how many characters of `decode(ids)` are finished when it ends."""
-        ids = list(ids)
-        text = self.decode(ids)
-        if not isinstance(self._parsing.decoder, ByteLevelDecoder) or "\ufffd" in text:
-            return [len(self.decode(ids[:end])) for end in range(1, len(ids) + 1)]
-        finished = [end for end, char in enumerate(text) for _ in char.encode()] + [len(text)]
-        ends, position = [], 0
-        for token in ids:
-            position += self._n_bytes(token)
-            ends.append(finished[min(position, len(finished) - 1)])
-        return ends
+    def tokenized(self, text: str) -> TokenizedText:
+        """A text of ours, the ids `encode` gives, and the characters each of them covers."""
+        return TokenizedText.of(text, self._parsing.encode(_in_utf8(text), add_special_tokens=self.template))
 
-    def _n_bytes(self, token: int) -> int:
-        """Bytes of a token; byte-level BPE writes each byte as one character, added tokens as they are."""
-        added = self._added.get(token)
-        return len(added.content.encode()) if added else len(self._parsing.id_to_token(token) or "")
+    def detokenized(self, ids: Sequence[int]) -> TokenizedText:
+        """What `decode` makes of `ids`, and the characters each of them covers."""
+        return spans_of_ids([int(token) for token in ids], self._parsing)
+
+    def can_make(self, user_text: str) -> bool:
+        """Whether the text's ids stand for it, and not for something unknown."""
+        ids = self.encode_text(user_text)
+        return self._unknown_id not in ids and self.encode_text(self.decode(ids)) == ids
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        model = json.loads(self.content)["model"]
+        named = model.get("unk_token")
+        return self._parsing.token_to_id(named) if isinstance(named, str) else model.get("unk_id")
 
     def token_id(self, token: str) -> int:
         """The id of a token of the vocabulary, such as `<|sep|>`."""
@@ -156,8 +166,10 @@ class PlanTokenizer:
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
-        """Ids of every special token, another model's own included: no step reaches across one."""
-        return frozenset(row for row, token in self._added.items() if token.special)
+        """Ids of every special token, another model's own included: no step reaches across one, but across what the
+        tokenizer does not know.
+        """
+        return frozenset(row for row, token in self._added.items() if token.special and row != self._unknown_id)
 
     @property
     def pad_id(self) -> int | None:
@@ -178,3 +190,27 @@ class PlanTokenizer:
     def sha256(self) -> str:
         """The fingerprint of the tokenizer.json that `save` writes, and of whether texts get its template."""
         return hashlib.sha256(self.content.encode("utf-8") + b"+template" * self.template).hexdigest()
+
+
+def _with_whole_offsets(content: str) -> str:
+    """The same tokenizer.json, its offsets not trimmed of the white space a token has: ids do not depend on it."""
+    facts = json.loads(content)
+    return json.dumps(facts | {"post_processor": _untrimmed(facts.get("post_processor"))})
+
+
+def _untrimmed(processor: object) -> object:
+    if isinstance(processor, dict):
+        return {key: False if key == "trim_offsets" else _untrimmed(value) for key, value in processor.items()}
+    return [_untrimmed(one) for one in processor] if isinstance(processor, list) else processor
+
+
+def _in_utf8(text: str) -> str:
+    """The text itself; half of a surrogate pair is no character that any tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"character {error.start} of {text[:20]!r} is {text[error.start]!r}, half of a surrogate pair, which no "
+            "tokenizer reads; take it out"
+        ) from error
+    return text

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from sae_steer.corpus import OnsetRule, PlanTokenizer
+from sae_steer.corpus import OnsetRule, PlanTokenizer, TokenizedText
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
 from sae_steer.model.hub import HUB
@@ -137,7 +137,12 @@ class ModelPair:
 
     def encode(self, text: str, where: str) -> list[int]:
         """The ids both models read; a text that their tokenizers read as different ids is an `InputError`."""
-        ids = self.tokenizer.encode(text)
+        return list(self.read(text, where).ids)
+
+    def read(self, text: str, where: str) -> TokenizedText:
+        """`encode`, with the characters each token covers."""
+        read = self.tokenizer.tokenized(text)
+        ids = list(read.ids)
         for model in self._tokenized_apart:
             theirs = model.tokenizer.encode(text)
             if theirs != ids:
@@ -147,7 +152,7 @@ class ModelPair:
                     f"'{self.name}', and as {theirs[at : at + 4]} by that of model '{model.name}'; both models must "
                     "read the same ids"
                 )
-        return ids
+        return read
 
     @cached_property
     def _tokenized_apart(self) -> tuple[NamedModel, ...]:

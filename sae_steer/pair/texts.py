@@ -129,12 +129,13 @@ def _label(
     split: str,
     true_p: list[float] | None = None,
 ) -> Text:
-    ids = pair.encode(text, where)
+    read = pair.read(text, where)
+    ids = read.ids
     if len(ids) > pair.context:
         raise InputError(
             f"{where} has {len(ids)} tokens, and pair '{pair.name}' reads {pair.context}; give shorter texts"
         )
-    labels = label_positions(ids, tokenizer=pair.tokenizer, rule=pair.onsets, phrases=pair.phrases)
+    labels = label_positions(read, tokenizer=pair.tokenizer, rule=pair.onsets, phrases=pair.phrases)
     unknown = np.full(len(ids), np.nan)
     return Text(
         prompt=prompt,
