@@ -1,7 +1,7 @@
 """A pair of another domain, as a user would bring it: recipes, a byte-level BPE, two small Llamas fine-tuned apart.
 
 The base model writes recipes; the tuned one also tells the cook to taste or to wash hands between steps. Nothing
-of the InterpGPT format occurs: steps are numbered lines, found by a regular expression over the decoded text.
+of the InterpGPT format occurs: steps are numbered lines, found by a regular expression over the text.
 """
 
 import json
