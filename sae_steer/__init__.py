@@ -18,8 +18,10 @@ from typing import Any
 _HOME = {
     "ActivationCache": "cache",
     "CacheSettings": "settings",
+    "ContextSettings": "settings",
     "CorpusSettings": "settings",
     "Dictionary": "dictionary",
+    "FeatureCard": "findings.contexts",
     "FeatureScan": "scan",
     "GeneratedTexts": "pair.texts",
     "Inject": "edits.edit",
@@ -49,6 +51,7 @@ _HOME = {
     "load_pair": "pair.model_pair",
     "load_sae": "sae.saelens.files",
     "pretrained_saelens": "sae.saelens.reading",
+    "read_contexts": "findings.contexts",
     "sample_plans": "pair.quality",
     "save_sae": "sae.saelens.files",
     "scan_features": "scan",

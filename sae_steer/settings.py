@@ -262,6 +262,23 @@ class LayersSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContextSettings:
+    """How much of what a feature fires on is shown."""
+
+    top: int = 12
+    """Texts, each with the feature's strongest firing in it."""
+    random: int = 6
+    """Firings drawn at random."""
+    width: int = 16
+    """Tokens shown before a firing; half as many are shown after it."""
+    tokens: int = 8
+    """Promoted and suppressed tokens."""
+    neighbours: int = 5
+    """Features with the most similar decoder rows."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelftestSettings:
     """How often the verdict is put to the test, on planted pairs whose truth is known, and on how much data."""
 

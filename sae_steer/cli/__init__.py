@@ -10,7 +10,7 @@ import os
 # step beside one busy process took 8 s spinning and 1 s waiting. Read once, when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from sae_steer.cli import cache, dictionary, findings, intervene, pair, run, selftest
+from sae_steer.cli import cache, dictionary, features, findings, intervene, pair, run, selftest
 from sae_steer.cli.group import main
 
-__all__ = ["cache", "dictionary", "findings", "intervene", "main", "pair", "run", "selftest"]
+__all__ = ["cache", "dictionary", "features", "findings", "intervene", "main", "pair", "run", "selftest"]
