@@ -178,9 +178,10 @@ def read_contexts(
 
 
 def spelled(pair: ModelPair, ids: Sequence[int]) -> list[str]:
-    """Each token's part of the text; the bytes of a character that tokens share stand with the last of them."""
-    text, ends = pair.tokenizer.decode(ids), [0, *pair.tokenizer.ends(ids)]
-    return [text[begin:end] for begin, end in pairwise(ends)]
+    """Each token's part of the text; a character that tokens share stands with the first of them."""
+    read = pair.tokenizer.detokenized(ids)
+    ends = [0, *np.maximum.accumulate([end for _, end in read.spans]).tolist()]
+    return [read.text[begin:end] for begin, end in pairwise(ends)]
 
 
 @torch.no_grad()
