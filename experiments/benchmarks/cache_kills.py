@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from isa import as_asked, machine, record_path
 
 from sae_steer.cache import cache_activations
 from sae_steer.errors import SteerError
@@ -63,7 +64,7 @@ def main() -> None:
     """Kill, repeat, compare, and write what came back."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=60, help="At least so many for each number of processes.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "cache_kills.json")
+    parser.add_argument("--out", type=Path, default=record_path(__file__))
     asked = parser.parse_args()
     torch.set_num_threads(1)
     made_at = commit()  # known to every child, which would otherwise ask git again
@@ -79,6 +80,7 @@ def main() -> None:
         shutil.rmtree(scratch)
     record = {
         "commit": made_at,
+        "machine": machine(),
         "shards": len([name for name in whole if name.endswith(".h5")]),
         "bytes": sum(map(len, whole.values())),
         "seconds_uninterrupted": round(span, 2),
@@ -162,4 +164,5 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 if __name__ == "__main__":
+    as_asked()
     main()

@@ -8,7 +8,6 @@ random permutation through `numpy.memmap` one row at a time, which shuffles fine
 """
 
 import json
-import platform
 import shutil
 import tempfile
 import time
@@ -19,6 +18,7 @@ import h5py
 import numpy as np
 import torch
 from cache_rows import RepeatedTexts, anonymous_megabytes, random_pair
+from isa import as_asked, machine, record_path
 
 from sae_steer import cache_activations
 from sae_steer.cache import ActivationCache, site
@@ -90,7 +90,7 @@ def main() -> None:
         record = {
             "commit": commit(),
             "what": f"shuffled batches of {BATCH} x 512 float16 rows to float32 tensors, from the page cache",
-            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": machine(),
             "cache": {"bytes": size, "rows": rows.n_rows, "shards": len(rows.maps)},
             "rows_per_second": taken,
             "ratio_to_h5py_sorted_selection": ours / taken["h5py"],
@@ -101,8 +101,9 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     print(json.dumps(record, indent=1))
-    write_text(Path(__file__).with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    write_text(record_path(__file__), json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
+    as_asked()
     main()

@@ -19,13 +19,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from cache_rows import RepeatedTexts, anonymous_megabytes, random_pair
+from isa import as_asked, machine, record_path
 
 from sae_steer import cache_activations
 from sae_steer.files import write_text
 from sae_steer.settings import PRESETS, DecoderSettings
 
 SHAPE = DecoderSettings(n_layers=1, n_heads=1, n_kv_heads=1, d_model=16, d_head=8, d_mlp=8, d_vocab=1029)
-RECORD = Path(__file__).with_suffix(".json")
+RECORD = record_path(__file__)
 
 
 def seconds(shape: DecoderSettings, rows: int, layers: tuple[int, ...]) -> float:
@@ -77,6 +78,7 @@ def main(arguments: list[str]) -> None:
         for size in map(int, arguments):
             record["rows"][str(size)] = seconds(SHAPE, size, (0,))
             record.setdefault("anonymous_megabytes", {})[str(size)] = anonymous_megabytes()
+    record["machine"] = machine()
     record["rows"] = dict(sorted(record["rows"].items(), key=lambda item: int(item[0])))
     if len(record["rows"]) > 1:
         record["exponent_in_rows"] = slope(record["rows"])
@@ -85,4 +87,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    as_asked()
     main(sys.argv[1:])

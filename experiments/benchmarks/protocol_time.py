@@ -11,7 +11,6 @@ nearest to 30 % of the onsets, so that zero-ablation has rows to replay.
 """
 
 import argparse
-import os
 import tempfile
 import time
 from dataclasses import replace
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 from cache_rows import random_pair
+from isa import as_asked, machine, record_path
 
 from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import Dictionary, adopt_dictionary, load_dictionary
@@ -31,7 +31,7 @@ from sae_steer.scan import load_scan
 from sae_steer.settings import PRESETS, CorpusSettings, InterveneSettings
 from sae_steer.study.of_pair import Study, intervene
 
-RECORD = Path(__file__).parent / "protocol_time.json"
+RECORD = record_path(__file__)
 EXACT, SAMPLED = "exact", "with_sampled_plans"
 TEXTS = CorpusSettings(train_plans=300, scan_plans=1, tune_plans=300, confirm_plans=300)
 RATE = 0.3
@@ -56,7 +56,12 @@ def write(shape: str, study: Study, settings: InterveneSettings, inputs: dict, s
     """Put one shape's figures into the record."""
     edits = [len(v["controls"]) * settings.controls * v["single"]["n"] for v in study.record["variants"]]
     origin = provenance(settings=settings, inputs=inputs)
-    found = {"provenance": origin, "cores": os.cpu_count(), "control_edits": sum(edits), **seconds}
+    found = {
+        "provenance": origin,
+        "machine": machine(),
+        "control_edits": sum(edits),
+        **seconds,
+    }
     known = read_json(RECORD) if RECORD.is_file() else {}
     print(write_json(RECORD, known | {shape: found}), seconds)
 
@@ -93,6 +98,7 @@ def random_23m(folder: Path, device: str) -> None:
 
 
 if __name__ == "__main__":
+    as_asked()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", type=Path, help="run folder of the embedded pair")
     parser.add_argument("cache", nargs="?", type=Path, help="its cache")

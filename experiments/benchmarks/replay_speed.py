@@ -11,9 +11,9 @@ its onset, unembedded only there. The clean pass that replay and (b) start from 
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from isa import as_asked, machine, record_path
 from torch import Tensor
 
 from sae_steer.model.decoder import Decoder, init_decoder
@@ -133,7 +133,7 @@ def measure() -> dict:
         "tokens_per_prompt": LENGTH,
         "onsets_per_prompt": ONSETS,
         "directions": {"replay": DIRECTIONS, "done_well": DONE_WELL, "run_with_hooks": WITH_HOOKS},
-        "threads": torch.get_num_threads(),
+        "machine": machine(),
         "edits_per_second": {
             "replay": ours,
             "transformer_lens_done_well": well,
@@ -146,6 +146,7 @@ def measure() -> dict:
 
 
 if __name__ == "__main__":
+    as_asked()
     record = measure()
     assert record["largest_log_odds_difference"] < 1e-4, record
-    print(write_json(Path(__file__).with_suffix(".json"), record))
+    print(write_json(record_path(__file__), record))

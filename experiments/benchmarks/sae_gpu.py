@@ -7,9 +7,9 @@ Rows are drawn on the spot (sums of known directions), so that the script needs 
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from isa import as_asked, machine, record_path
 from jaxtyping import Float
 from sae_peers import encoder_seconds, ours, saelens, seconds_a_step, versions
 from sae_rows import synthetic
@@ -77,11 +77,13 @@ def main() -> None:
     record = {
         "provenance": provenance(settings={"k": K, "batch_size": BATCH}, inputs={}),
         "versions": versions(),
+        "machine": machine(),
         "device": torch.cuda.get_device_name(),
         "points": points,
     }
-    print(write_json(Path(__file__).parent / "sae_gpu.json", record))
+    print(write_json(record_path(__file__), record))
 
 
 if __name__ == "__main__":
+    as_asked()
     main()

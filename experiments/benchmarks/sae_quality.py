@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from isa import as_asked, machine, record_path
 from sae_peers import dictionary_learning as dictionary_learning_trainer
 from sae_peers import figures, ours, saelens, sparsify, versions
 from sae_rows import FOLDER, StoredRows, known_features
@@ -81,6 +82,7 @@ def join() -> dict:
     record = {
         "provenance": provenance(settings={"d_sae": D_SAE, "k": K, "rates": RATES}, inputs={}),
         "versions": versions(),
+        "machine": machine(),
         "runs": runs,
     }
     for data in ("real", "synthetic"):
@@ -142,7 +144,7 @@ def main() -> None:
     if asked.decay is not None and asked.trainer != "ours":
         parser.error("--decay is of ours alone")
     if asked.trainer is None:
-        print(write_json(HERE / "sae_quality.json", join()))
+        print(write_json(record_path(__file__), join()))
         return
     chosen = {} if asked.decay is None else {"decay": asked.decay}
     path = piece(asked.trainer, asked.data, asked.lr, asked.rows, asked.autocast, chosen)
@@ -153,4 +155,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    as_asked()
     main()

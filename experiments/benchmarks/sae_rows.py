@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from isa import as_asked
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -195,4 +196,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    as_asked()
     main()

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+from isa import as_asked, machine, record_path
 from sae_peers import encoder_seconds, in_own_process, ours, saelens, seconds_a_step, versions
 from sae_rows import StoredRows
 
@@ -96,6 +97,7 @@ def main() -> None:
     record = {
         "provenance": provenance(settings={"batch_size": BATCH}, inputs={"rows": source.fingerprint}),
         "versions": versions(),
+        "machine": machine(),
         "by_width": by_width,
         "by_k": by_k,
         "growth_with_width": by_width[-1]["seconds"] / by_width[0]["seconds"],
@@ -108,8 +110,9 @@ def main() -> None:
         record[f"ratio_to_saelens_autocast_d{one['d_sae']}"] = one["ratio"]
     for one in by_k:
         record[f"ratio_to_saelens_autocast_k{one['k']}"] = one["ratio"]
-    print(write_json(Path(__file__).parent / "sae_scaling.json", record))
+    print(write_json(record_path(__file__), record))
 
 
 if __name__ == "__main__":
+    as_asked()
     main()

@@ -9,9 +9,9 @@ it none is dead yet. The bound is the encoder's product alone in bfloat16. sae_p
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from isa import as_asked, machine, record_path
 from sae_peers import (
     DEAD_ROWS,
     dictionary_learning,
@@ -83,6 +83,7 @@ def main() -> None:
             settings={"d_sae": D_SAE, "k": K, "batch_size": BATCH}, inputs={"rows": source.fingerprint}
         ),
         "versions": versions(),
+        "machine": machine(),
         "threads": torch.get_num_threads(),
         "rows_per_second": {name: BATCH / spent for name, spent in seconds.items()},
         "encoder_bound_rows_per_second": BATCH / bound,
@@ -93,8 +94,9 @@ def main() -> None:
         if peer in seconds:
             record[f"ratio_to_{peer}"] = seconds[peer] / seconds["ours"]
     record["ratio_to_saelens_autocast_auxk"] = seconds["saelens_autocast_auxk"] / seconds["ours_auxk"]
-    print(write_json(Path(__file__).parent / "sae_speed.json", record))
+    print(write_json(record_path(__file__), record))
 
 
 if __name__ == "__main__":
+    as_asked()
     main()

@@ -8,8 +8,8 @@ together is faster.
 
 import statistics
 import time
-from pathlib import Path
 
+from isa import as_asked, machine, record_path
 from sae_peers import ours
 from sae_rows import StoredRows
 
@@ -44,12 +44,14 @@ def main() -> None:
     points = [measured(source, d_sae) for d_sae in WIDTHS]
     record = {
         "provenance": provenance(settings={"batch_size": BATCH, "seeds": SEEDS}, inputs={"rows": source.fingerprint}),
+        "machine": machine(),
         "points": points,
     }
     for one in points:
         record[f"ratio_to_one_after_another_d{one['d_sae']}"] = one["gain"]
-    print(write_json(Path(__file__).parent / "sae_stacking.json", record))
+    print(write_json(record_path(__file__), record))
 
 
 if __name__ == "__main__":
+    as_asked()
     main()
