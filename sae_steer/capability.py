@@ -20,10 +20,9 @@ from typing import Literal
 import torch
 
 from sae_steer.errors import InputError, StaleError
+from sae_steer.settings import AUTO, PRECISIONS
 
 Precision = Literal["float32", "bfloat16"]
-PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
-AUTO = "auto"
 NATIVE_GPU = (8, 0)
 """The compute capability from which a GPU has bfloat16 in its tensor cores."""
 
@@ -114,9 +113,24 @@ class Capability:
             return "compute capability {}.{}".format(*(self.cuda or torch.cuda.get_device_capability()))
         return self.title if device == "cpu" else device
 
-    def facts(self) -> dict[str, str]:
-        """What a record says of the processor behind its figures."""
-        return {"isa": self.isa, "processor": self.processor}
+    def products(self, precision: str, device: str) -> str:
+        """The instruction set behind a product: results agree to the last bit only between machines with the same."""
+        if device == "cuda":
+            return "sm_{}{}".format(*(self.cuda or torch.cuda.get_device_capability()))
+        if device != "cpu":
+            return device
+        low = ("amx_bf16", "avx512_bf16", "arm_bf16") if precision == "bfloat16" else ()
+        return next((name for name in (*low, "avx512", "avx2", "neon") if name in self.instructions), "scalar")
+
+    def facts(self, precision: str, device: str = "cpu") -> dict[str, str]:
+        """What a record says of the machine behind it."""
+        processor = torch.cuda.get_device_name() if device == "cuda" and not self.cuda else self.processor
+        return {
+            "precision": precision,
+            "device": device,
+            "instructions": self.products(precision, device),
+            "processor": processor,
+        }
 
 
 @dataclass(frozen=True)
@@ -154,7 +168,7 @@ def decide(wanted: str, device: str, *, begun: str | None = None, what: str = "i
 def check_precision(wanted: str) -> None:
     """Raise `InputError` unless it is a precision or `auto`."""
     if wanted not in (AUTO, *PRECISIONS):
-        raise InputError(f"no precision {wanted!r}; choose {AUTO} or {' or '.join(PRECISIONS)}")
+        raise InputError(f"no precision {wanted!r}; choose {AUTO}, {' or '.join(PRECISIONS)}")
 
 
 def capability() -> Capability:

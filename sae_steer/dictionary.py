@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from sae_steer.cache import ActivationCache, site
+from sae_steer.capability import capability, decide
 from sae_steer.errors import InputError
-from sae_steer.files import sha256, sweep
+from sae_steer.files import read_facts, sha256, sweep
 from sae_steer.model.lens import official_name
 from sae_steer.pair.model_pair import NamedModel
-from sae_steer.records import already_done, provenance, read_table, write_json, write_table
+from sae_steer.records import already_done, provenance, read_json, read_table, write_json, write_table
 from sae_steer.sae.architectures import SparseDictionary, on_device
 from sae_steer.sae.evaluation import SAEMetrics, evaluate
 from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
@@ -23,7 +24,7 @@ from sae_steer.sae.stability import MOST_FEATURES, SeedFolder, SeedStability, fi
 from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.trackers import tracker
 from sae_steer.sae.training import Job, TrainedSAE, train
-from sae_steer.settings import SAESettings
+from sae_steer.settings import AUTO, SAESettings
 from sae_steer.world import World
 
 RECORD_FILE, FIRINGS_FILE = "training.json", "firings.parquet"
@@ -111,10 +112,12 @@ def train_saes(
 ) -> list[Dictionary]:
     """Learn several dictionaries over one reading of the cache; each ends as it would alone.
 
-    Those that are finished are found again; the others are learned together, their checkpoint in the first's folder.
+    Those that are finished are found again; the others are learned together, their checkpoint in the first's folder,
+    at the precision at which they were begun.
     Those that differ in their seed alone are compared, and `seed_stability.json` stands beside each.
     """
     world = world or World.local(precision=wanted[0].settings.precision)
+    wanted = _decided(wanted, world, force)
     origins = [_origin(cache, one, layer) for one in wanted]
     done = [
         already_done(one.out / RECORD_FILE, origin, force=force) for one, origin in zip(wanted, origins, strict=True)
@@ -123,11 +126,50 @@ def train_saes(
     own = [part for part in todo if not part[0].settings.architecture.startswith(SAELENS)]
     for together in (own, *([part] for part in todo if part not in own)):
         if together:
-            _learn(cache, together, layer, force, log or Quiet(), trackers, world)
+            here = world.at(together[0][0].settings.precision)
+            _learn(cache, together, layer, force, log or Quiet(), trackers, here)
     if world.is_first:
         _compare_seeds(wanted)
     world.barrier()
     return [load_dictionary(one.out) for one in wanted]
+
+
+def _decided(wanted: Sequence[Wanted], world: World, force: bool) -> list[Wanted]:
+    """The same with a precision for `auto`: that at which each was made or all were begun, else this machine's."""
+    begun = None if force else next(filter(None, map(_begun_precision, (one.out for one in wanted))), None)
+    decided = []
+    for one in wanted:
+        asked = one.settings.precision if one.settings.precision != AUTO else world.wanted
+        made = None if force else _made_precision(one.out)
+        what = f"the dictionary in {one.out}"
+        precision = decide(asked, world.device.type, begun=made or begun, what=what).precision
+        decided.append(replace(one, settings=replace(one.settings, precision=precision)))
+    return decided
+
+
+def kept_precision(folder: Path) -> str | None:
+    """The precision of the dictionary begun or finished in `folder`; None where there is none that says it."""
+    return _begun_precision(folder) or _made_precision(folder)
+
+
+def _begun_precision(folder: Path) -> str | None:
+    state = _state_file(folder)
+    if not state.is_file():
+        return None
+    settings = read_facts(state)["identity"]["settings"]
+    return (settings[0] if isinstance(settings, list) else settings)["precision"]
+
+
+def _made_precision(folder: Path) -> str | None:
+    path = folder / RECORD_FILE
+    record = read_json(path) if path.is_file() else None
+    made = record.get("provenance") if isinstance(record, dict) else None
+    return made["settings"].get("precision") if isinstance(made, dict) else None
+
+
+def _state_file(folder: Path) -> Path:
+    """Where the checkpoint of dictionaries learned together lies, from the first one's folder."""
+    return folder / "training" / "state.safetensors"
 
 
 def _compare_seeds(wanted: Sequence[Wanted]) -> None:
@@ -159,7 +201,7 @@ def _learn(
     cache: ActivationCache, todo: list, layer: int, force: bool, log: Log, trackers: Collection[str], world: World
 ) -> None:
     first = todo[0][0].out
-    state = first / "training" / "state.safetensors"
+    state = _state_file(first)
     if world.is_first:
         sweep(state.parent)
         told = {one.out.name: asdict(one.settings) for one, _ in todo}
@@ -177,7 +219,7 @@ def _learn(
     learned = learn(jobs, world=world, log=log if world.is_first else None, checkpoint=state)
     if world.is_first:
         for (one, origin), trained in zip(todo, learned, strict=True):
-            _store(cache, one, origin, layer, trained)
+            _store(cache, one, origin, layer, trained, world)
         state.unlink()
     world.barrier()
 
@@ -195,7 +237,7 @@ def _train_foreign(jobs: list[Job], *, world: World, log: Log | None, checkpoint
     return [TrainedSAE(sae=sae, settings=job.settings, steps=steps, rows=job.rows.fingerprint)]
 
 
-def _store(cache: ActivationCache, one: Wanted, origin: dict, layer: int, trained: TrainedSAE) -> None:
+def _store(cache: ActivationCache, one: Wanted, origin: dict, layer: int, trained: TrainedSAE, world: World) -> None:
     exact = World.local(precision="float32")
     train, held_out = (
         evaluate(trained.sae, cache.rows(one.model, layer, split).in_order(), exact) for split in ("train", "scan")
@@ -208,6 +250,7 @@ def _store(cache: ActivationCache, one: Wanted, origin: dict, layer: int, traine
         "model_sha256": cache.manifest["models"][one.model]["sha256"],
         **_figures(train, held_out),
         "steps": trained.steps,
+        "computed": capability().facts(world.precision, world.device.type),
     }
     save_sae(trained.sae, one.out, metadata={**record, "settings": asdict(one.settings)})
     firings = {"train": train.firings.numpy(), "heldout": held_out.firings.numpy()}

@@ -82,6 +82,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise SteerError(f"{path} is not a whole checkpoint ({error}); delete it to start anew") from error
 
 
+def read_facts(path: Path) -> dict:
+    """The facts of such a file, without its tensors."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["facts"])
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+        raise SteerError(f"{path} is not a whole checkpoint ({error}); delete it to start anew") from error
+
+
 def sha256(*parts: bytes | memoryview | Path) -> str:
     """The hash of the parts one after another; a path stands for its file's content."""
     digest = hashlib.sha256()
@@ -96,8 +107,11 @@ def sha256(*parts: bytes | memoryview | Path) -> str:
 
 
 @contextmanager
-def timed(folder: Path) -> Iterator[None]:
-    """Writes how long the block took to `timing.json` in `folder`, apart from the records, which repeat exactly."""
+def timed(folder: Path, **machine: str) -> Iterator[None]:
+    """Writes how long the block took to `timing.json` in `folder`, and on what machine: apart from the records, which
+    repeat exactly.
+    """
     start = time.perf_counter()
     yield
-    write_text(Path(folder) / "timing.json", json.dumps({"seconds": round(time.perf_counter() - start, 3)}) + "\n")
+    seconds = round(time.perf_counter() - start, 3)
+    write_text(Path(folder) / "timing.json", json.dumps({"seconds": seconds, **machine}) + "\n")

@@ -17,6 +17,7 @@ import numpy as np
 from sae_steer.atlas.atlas import RECORD_FILE as ATLAS_RECORD
 from sae_steer.atlas.atlas import Atlas, atlas_provenance, load_atlas, make_atlas
 from sae_steer.cache import ActivationCache, cache_activations
+from sae_steer.capability import capability
 from sae_steer.dictionary import Dictionary, check_fits, default_folder, train_sae
 from sae_steer.effects.splicing import find_or_splice
 from sae_steer.errors import SteerError
@@ -41,6 +42,7 @@ from sae_steer.settings import (
 )
 from sae_steer.study.of_pair import RECORD_FILE as STUDY_RECORD
 from sae_steer.study.of_pair import Source, Study, intervene, load_study, plan_study, study_provenance
+from sae_steer.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,5 +234,5 @@ def check_writable(folder: Path) -> None:
 def _into(folder: Path) -> Iterator[None]:
     """A stage that writes into `folder`, with the time it took beside its result."""
     check_writable(folder)
-    with timed(folder):
+    with timed(folder, **capability().facts("float32", World.local().device.type)):
         yield

@@ -6,6 +6,11 @@ SPLITS = ("train", "scan", "tune", "confirm")
 """What each text is for: training dictionaries, choosing a feature, setting its scale, testing it.
 The last three hold tasks no model or dictionary was trained on, and share no task."""
 
+AUTO = "auto"
+PRECISIONS = ("float32", "bfloat16")
+"""Types of matrix products; `auto` takes bfloat16 where the device multiplies it natively (`capability`), or what was
+begun."""
+
 DEFAULT_PAIR = "small"
 DEFAULT_LAYER = 2
 """The released study's layer: the stream after block 2."""
@@ -92,8 +97,8 @@ class CacheSettings:
     tokens_per_batch: int = 768
     """Padding counted; on a CPU a batch runs on one core, and the activations of a larger one leave its cache. A GPU
     takes 32 times as many."""
-    precision: str = "bfloat16"
-    """Type of the models' matrix products: `float32` or `bfloat16`."""
+    precision: str = AUTO
+    """Type of the models' matrix products: `float32`, `bfloat16` or `auto`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +142,8 @@ class SAESettings:
     """JumpReLU: the weight of (L0 / k - 1)^2 beside the unexplained share of variance."""
     checkpoint_every: int = 200
     """Steps between checkpoints: what a kill can cost."""
-    precision: str = "bfloat16"
-    """Type of the encoder's matrix product: `float32` or `bfloat16`."""
+    precision: str = AUTO
+    """Type of the encoder's matrix product: `float32`, `bfloat16` or `auto`."""
     seed: int = 0
     """Fixes the first weights; the order of the rows does not depend on it, so that seeds can share one reading."""
     order_seed: int = 0

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sae_steer.capability import Precision, decide
 from sae_steer.errors import InputError, SteerError
+from sae_steer.settings import AUTO
 
-PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+_AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16}
 Item, Made = TypeVar("Item"), TypeVar("Made")
 
 
@@ -34,14 +37,29 @@ class World:
     """Type of matrix products inside `world.compute()`; None leaves everything in float32."""
     rank: int = 0
     size: int = 1
+    wanted: str = AUTO
+    """The precision that was asked: `auto` gives way to the one at which something was begun."""
 
     @classmethod
-    def local(cls, *, precision: str = "bfloat16", device: str | None = None) -> "World":
+    def local(cls, *, precision: str = AUTO, device: str | None = None) -> "World":
         """This process alone on `device`, or on the GPU if there is one."""
-        if precision not in PRECISIONS:
-            raise InputError(f"no precision {precision!r}; choose {' or '.join(PRECISIONS)}")
-        found = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(torch.device(found), PRECISIONS[precision])
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(place, _AUTOCAST[decide(precision, place.type).precision], wanted=precision)
+
+    @property
+    def precision(self) -> Precision:
+        """That of matrix products inside `world.compute()`."""
+        return "float32" if self.autocast is None else "bfloat16"
+
+    def at(self, precision: Precision) -> "World":
+        """The same world with matrix products at `precision`, the first process's."""
+        low = self.broadcast_(torch.tensor(float(precision == "bfloat16"), device=self.device)) > 0
+        return replace(self, autocast=_AUTOCAST["bfloat16" if low else "float32"])
+
+    def finishing(self, begun: str | None, what: str) -> "World":
+        """The same world at the precision at which `what` was begun, if it was; an explicit other is a `StaleError`."""
+        decision = decide(self.wanted, self.device.type, begun=begun, what=what)
+        return self if begun is None else self.at(decision.precision)
 
     def compute(self) -> AbstractContextManager:
         """A context whose matrix products run at this world's precision."""
@@ -103,7 +121,7 @@ class World:
 
 
 @contextmanager
-def joined(*, precision: str = "bfloat16", device: str | None = None) -> Iterator[World]:
+def joined(*, precision: str = AUTO, device: str | None = None) -> Iterator[World]:
     """The `World` of this process among those torchrun started, connected while the block runs.
 
     Without torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) it is `World.local`. GPUs
@@ -121,7 +139,8 @@ def joined(*, precision: str = "bfloat16", device: str | None = None) -> Iterato
             place = _own_gpu(int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(place)
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
-        yield replace(alone, device=place, rank=dist.get_rank(), size=dist.get_world_size())
+        here = replace(alone, device=place, rank=dist.get_rank(), size=dist.get_world_size())
+        yield here.at(here.precision)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -148,7 +167,7 @@ def keep_freed_memory() -> None:
     By default large arrays are mapped afresh, and their pages cleared, each time; a loop that makes the same ones at
     every step, as training a dictionary and filling a cache do, loses up to a tenth of its time to that.
     """
-    tune = None if os.name == "nt" else getattr(ctypes.CDLL(None), "mallopt", None)
+    tune = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     trim_threshold, mmap_threshold = -1, -3  # malloc.h; glibc before 2.35 maps all that is larger than 32 MB
     if tune is not None and (tune(mmap_threshold, 2**30) or tune(mmap_threshold, 2**25)):
         tune(trim_threshold, 2**29)

@@ -66,7 +66,7 @@ def test_another_precision_than_what_was_begun_is_refused_in_a_line():
 
 
 def test_a_precision_that_is_none_is_refused():
-    with pytest.raises(InputError, match="no precision 'float16'; choose auto or float32 or bfloat16"):
+    with pytest.raises(InputError, match="no precision 'float16'; choose auto, float32 or bfloat16"):
         decide("float16", "cpu")
 
 

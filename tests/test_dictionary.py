@@ -11,11 +11,13 @@ import torch
 from tiny_pair import SHAPE, lively, write_pair
 
 from sae_steer.cache import ActivationCache, cache_activations
+from sae_steer.capability import Capability, assumed
 from sae_steer.dictionary import (
     Wanted,
     adopt_dictionary,
     check_fits,
     default_folder,
+    kept_precision,
     load_dictionary,
     train_sae,
     train_saes,
@@ -102,6 +104,26 @@ def test_stopped_and_repeated_equals_uninterrupted(small, whole, tmp_path, at):
     train_sae(small, model="adhd", layer=2, out=tmp_path, settings=SETTINGS)
     assert contents(tmp_path) == contents(whole)
     assert not (tmp_path / "training" / "state.safetensors").exists()
+
+
+def test_auto_is_decided_once_and_finished_at_that_wherever_it_is_resumed(small, tmp_path):
+    amx, haswell = (Capability(frozenset(names)) for names in ({"avx2", "avx512", "amx_bf16"}, {"avx2"}))
+    with assumed(amx):
+        whole = train_sae(small, model="adhd", layer=2, out=tmp_path / "whole", settings=SETTINGS)
+    with assumed(amx), pytest.raises(KeyboardInterrupt):
+        train_sae(small, model="adhd", layer=2, out=tmp_path / "mine", settings=SETTINGS, log=StopAt(50))
+    assert kept_precision(tmp_path / "mine") == kept_precision(tmp_path / "whole") == "bfloat16"
+    with assumed(haswell):
+        with pytest.raises(StaleError, match="was begun at bfloat16, and --precision float32 was asked"):
+            train_sae(
+                small, model="adhd", layer=2, out=tmp_path / "mine", settings=replace(SETTINGS, precision="float32")
+            )
+        resumed = train_sae(small, model="adhd", layer=2, out=tmp_path / "mine", settings=SETTINGS)
+        found = train_sae(small, model="adhd", layer=2, out=tmp_path / "whole", settings=SETTINGS)
+        own = train_sae(small, model="adhd", layer=2, out=tmp_path / "own", settings=SETTINGS)
+    assert resumed.sha256 == found.sha256 == whole.sha256
+    assert resumed.record["computed"]["precision"] == "bfloat16"
+    assert own.record["provenance"]["settings"]["precision"] == "float32"
 
 
 def test_a_finished_dictionary_is_reused(small, whole):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import sae_steer
-from sae_steer.errors import InputError
+from sae_steer.capability import Capability, assumed
+from sae_steer.errors import InputError, StaleError
 from sae_steer.randomness import generator
 from sae_steer.world import World, _own_gpu, in_threads
 
@@ -55,9 +56,26 @@ def test_float32_leaves_products_alone_and_bfloat16_does_not():
         assert (a @ b).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("instructions", "precision"), [({"avx2"}, "float32"), ({"avx2", "amx_bf16"}, "bfloat16")])
+def test_auto_is_the_precision_that_the_machine_has(instructions, precision):
+    with assumed(Capability(frozenset(instructions))):
+        world = World.local(device="cpu")
+    assert (world.wanted, world.precision) == ("auto", precision)
+    with world.compute():
+        assert str((torch.ones(2, 2) @ torch.ones(2, 2)).dtype) == f"torch.{precision}"
+
+
+def test_what_was_begun_is_finished_at_its_precision_and_another_is_refused():
+    world = World.local(precision="float32", device="cpu")
+    assert World.local(device="cpu").finishing("bfloat16", "it").precision == "bfloat16"
+    assert world.finishing(None, "it") is world
+    with pytest.raises(StaleError, match="it was begun at bfloat16, and --precision float32 was asked"):
+        world.finishing("bfloat16", "it")
+
+
 @pytest.mark.parametrize("precision", ["float16", "float64", "fast", "nn"])
 def test_an_unknown_precision_is_refused(precision):
-    with pytest.raises(InputError, match=re.escape(f"no precision '{precision}'; choose float32 or bfloat16")):
+    with pytest.raises(InputError, match=re.escape(f"no precision '{precision}'; choose auto, float32 or bfloat16")):
         World.local(precision=precision)
 
 

@@ -12,6 +12,6 @@ One row = one token position, the same in both models. The only importer of h5py
 from sae_steer.cache.layout import LABELS, site
 from sae_steer.cache.reading import ActivationCache, ActivationRows
 from sae_steer.cache.storage import DTYPES
-from sae_steer.cache.writing import cache_activations
+from sae_steer.cache.writing import begun_precision, cache_activations
 
-__all__ = ["DTYPES", "LABELS", "ActivationCache", "ActivationRows", "cache_activations", "site"]
+__all__ = ["DTYPES", "LABELS", "ActivationCache", "ActivationRows", "begun_precision", "cache_activations", "site"]

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,8 @@ from sae_steer.cache.layout import FORMAT, LABELS, MANIFEST, MOMENTS, origin
 from sae_steer.cache.reading import ActivationCache
 from sae_steer.cache.shard import finished_shards, write_shard
 from sae_steer.cache.storage import AUTO, DTYPES, narrowest
-from sae_steer.errors import InputError, SteerError
+from sae_steer.capability import capability, decide
+from sae_steer.errors import InputError, StaleError, SteerError
 from sae_steer.files import sweep
 from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.decoder import Decoder
@@ -53,7 +54,8 @@ def cache_activations(
 ) -> ActivationCache:
     """Store both models' streams after the blocks `layers` over the texts of `source` in `out`.
 
-    A cache begun there is resumed, and one that is whole reused; one made otherwise is a `StaleError`.
+    A cache begun there is resumed at the precision it was begun at, and one that is whole reused; one made otherwise
+    is a `StaleError`, and so is a half made one whose other half this machine would compute to other last bits.
 
     Args:
         world: the processes that share the work, each with the same arguments, and the device the models are moved
@@ -67,6 +69,10 @@ def cache_activations(
             model.model.to(world.device)
     world = world or World.local(device="cpu")
     keep_freed_memory()
+    device = pair.target.model.device.type
+    begun = None if force else begun_precision(out)
+    decision = decide(settings.precision, device, begun=begun, what=f"the cache in {out}")
+    settings = replace(settings, precision=decision.precision)
     wanted = provenance(
         settings={**asdict(settings), "layers": layers},
         inputs={"pair": pair.sha256, "texts": json.dumps(source.identity(), sort_keys=True)},
@@ -77,7 +83,8 @@ def cache_activations(
         shards = deal_texts(pair, source, settings.rows_per_shard)
         if world.is_first and not _begun(out, wanted, force=force):  # asked again: another writer may have come first
             dtype = _type_for(shards, pair, layers, settings) if settings.dtype == AUTO else settings.dtype
-            _begin(out, _new_manifest(pair, layers, dtype, source, wanted))
+            manifest = _new_manifest(pair, layers, dtype, source, wanted)
+            _begin(out, {**manifest, "computed": capability().facts(settings.precision, device)})
         if world.is_first:
             sweep(out)
         world.barrier()
@@ -86,12 +93,32 @@ def cache_activations(
         world.barrier()  # nobody writes before all have seen what is missing
         missing = [shard for shard in shards if shard.file not in done]
         mine = [missing[i] for i in world.share(len(missing))]
+        settings = replace(settings, precision=manifest["provenance"]["settings"]["precision"])  # the first process's
+        if mine:
+            _check_machine(out, manifest, settings.precision, device)
         _write_shards(out, mine, pair, layers, settings, manifest, _telling(out, shards, done, on_rows, world))
         world.barrier()
         if world.is_first:
             _finish(out, manifest, shards)
         world.barrier()  # the others open what the first has listed
     return ActivationCache.open(out)
+
+
+def begun_precision(out: Path) -> str | None:
+    """The precision of the cache in `out`, whole or not; None where not a shard is finished."""
+    manifest = _left(Path(out))
+    made = manifest.get("provenance") if isinstance(manifest, dict) else None
+    return made["settings"].get("precision") if isinstance(made, dict) else None
+
+
+def _check_machine(out: Path, manifest: dict, precision: str, device: str) -> None:
+    """Raise a `StaleError` if this machine's products differ in their last bits from those of the shards there."""
+    first, here = manifest.get("computed", {}).get("instructions"), capability().products(precision, device)
+    if first not in (None, here):
+        raise StaleError(
+            f"the cache in {out} was begun with {precision} products on {first}, and this machine's ({here}) differ in "
+            "their last bits; finish it on a machine like the first, choose another --out, or --force to begin anew"
+        )
 
 
 def _check(pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings) -> None:
@@ -136,13 +163,18 @@ def _begun(out: Path, wanted: dict, *, force: bool) -> dict | None:
 
     One made otherwise is a `StaleError`, unless `force` or not a single shard of it is there.
     """
+    manifest = None if force else _left(out)
+    if manifest is not None:
+        already_done(out / MANIFEST, wanted)
+    return manifest
+
+
+def _left(out: Path) -> dict | None:
+    """The manifest in `out`, if a shard of it is finished."""
     path = out / MANIFEST
-    if force or not path.is_file():
-        return None
-    manifest = read_json(path)
+    manifest = read_json(path) if path.is_file() else None
     if isinstance(manifest, dict) and manifest.get("shards") == [] and not finished_shards(out, manifest):
         return None
-    already_done(path, wanted)
     return manifest
 
 

@@ -5,7 +5,16 @@ from pathlib import Path
 import click
 
 from sae_steer.cli.group import main
-from sae_steer.cli.options import SOME, force_option, open_pair, out_option, pair_option, seed_option
+from sae_steer.cli.options import (
+    SOME,
+    force_option,
+    open_pair,
+    out_option,
+    pair_option,
+    precision_option,
+    say_precision,
+    seed_option,
+)
 from sae_steer.settings import DEFAULT_LAYER, CacheSettings, CorpusSettings
 
 
@@ -29,12 +38,7 @@ from sae_steer.settings import DEFAULT_LAYER, CacheSettings, CorpusSettings
     default=CacheSettings.dtype,
     help="Type stored; auto: float16 if the first texts leave room in it, else bfloat16.",
 )
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "bfloat16"]),
-    default=CacheSettings.precision,
-    help="Of matrix products.",
-)
+@precision_option
 @out_option
 @seed_option
 @force_option
@@ -46,16 +50,18 @@ def cache(pair, layers, texts, dtype, precision, out, seed, force, **plans) -> N
         sae-steer cache
         sae-steer cache --layer 1 --layer 2 --texts plans.jsonl --out activations/mine
     """
-    from sae_steer.cache import cache_activations
+    from sae_steer.cache import begun_precision, cache_activations
     from sae_steer.pair.texts import GeneratedTexts, TextFile
     from sae_steer.terminal import Bar
     from sae_steer.world import joined
 
     loaded, places = open_pair(pair, out, None)
     source = TextFile.read(texts) if texts else GeneratedTexts(CorpusSettings(seed=seed, **plans))
-    settings = CacheSettings(dtype=dtype, precision=precision)
-    request = {"layers": layers, "out": places.cache, "settings": settings, "source": source, "force": force}
+    request = {"layers": layers, "out": places.cache, "source": source, "force": force}
     with joined(precision=precision) as world:
+        begun = None if force else begun_precision(places.cache)
+        say_precision(world, begun, f"the cache in {places.cache}")
+        request["settings"] = CacheSettings(dtype=dtype, precision=precision)
         made = cache_activations(loaded, **request, on_rows=Bar("cache"), world=world)
         if world.is_first:
             click.echo(made.folder)

@@ -14,6 +14,8 @@ from sae_steer.cli.options import (
     open_pair,
     out_option,
     places_options,
+    precision_option,
+    say_precision,
 )
 from sae_steer.settings import SAESettings
 
@@ -43,9 +45,7 @@ from sae_steer.settings import SAESettings
 @click.option("--warmup", default=SAESettings.warmup, help="Share of the steps in which the learning rate rises.")
 @click.option("--k-warmup", default=SAESettings.k_warmup, help="Share of the steps in which k falls from four times.")
 @click.option("--patience", "wait", type=COUNT, help="Rows without a better FVE before it ends.  [default: never]")
-@click.option(
-    "--precision", type=click.Choice(["bfloat16", "float32"]), default=SAESettings.precision, help="Of the encoder."
-)
+@precision_option
 @click.option(
     "--log", "trackers", multiple=True, type=click.Choice(["tensorboard", "wandb"]), help="Also tell these; may repeat."
 )
@@ -64,7 +64,7 @@ def train_sae(
         torchrun --nproc-per-node 2 -m sae_steer train-sae
     """
     from sae_steer.cache import ActivationCache
-    from sae_steer.dictionary import Wanted, train_saes
+    from sae_steer.dictionary import Wanted, kept_precision, train_saes
     from sae_steer.effects.splicing import find_or_splice
     from sae_steer.terminal import Bar, TrainingBar
     from sae_steer.world import joined
@@ -79,6 +79,8 @@ def train_sae(
     if out is not None:
         wanted = [replace(one, out=out if len(wanted) == 1 else out / one.out.name) for one in wanted]
     with joined(precision=knobs["precision"]) as world:
+        begun = None if force else kept_precision(wanted[0].out)
+        say_precision(world, begun, f"the dictionary in {wanted[0].out}")
         bar = TrainingBar(Bar("train-sae"))
         learned = train_saes(cache, wanted, layer=layer, force=force, log=bar, trackers=trackers, world=world)
     if world.is_first:

@@ -13,6 +13,7 @@ from sae_steer.cli.options import (
     open_pair,
     out_option,
     places_options,
+    say_exact,
     seed_option,
 )
 from sae_steer.settings import LayersSettings, ScanSettings
@@ -64,6 +65,7 @@ def layers(pair, cache_folder, prompts, out, seed, force) -> None:
 
     loaded, places = open_pair(pair, cache_folder, None)
     on_own_device(loaded)
+    say_exact()
     settings = LayersSettings(prompts=prompts, seed=seed)
     cache, folder = ActivationCache.open(places.cache), out or places.layers
     click.echo(find_or_read_layers(loaded, cache, folder, settings=settings, force=force, on_step=Bar("layers")).parent)

@@ -14,6 +14,7 @@ from sae_steer.cli.options import (
     on_own_device,
     open_dictionary,
     out_option,
+    say_exact,
     seed_option,
 )
 from sae_steer.settings import CONTROLS, POSITIONS, AtlasSettings, InterveneSettings
@@ -83,6 +84,7 @@ def intervene(
         _refuse_unused()
     loaded, places, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer)
     on_own_device(loaded)
+    say_exact()
     if all_specific:
         shared = {knob: knobs[knob] for knob in ("upstream", "prompts", "seed")}
         settings = AtlasSettings(bound_share=bound, **shared)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from sae_steer.settings import DEFAULT_LAYER, DEFAULT_PAIR
+from sae_steer.settings import AUTO, DEFAULT_LAYER, DEFAULT_PAIR, PRECISIONS
 
 
 def shared(*options: Callable) -> Callable:
@@ -36,6 +36,12 @@ sae_option = click.option(
 layer_option = click.option("--layer", default=DEFAULT_LAYER, help="The block after which the stream is read.")
 force_option = click.option("--force", is_flag=True, help="Replace what was made with other settings.")
 seed_option = click.option("--seed", default=0, type=click.IntRange(min=0), help="Fixes every random choice.")
+precision_option = click.option(
+    "--precision",
+    type=click.Choice([AUTO, *PRECISIONS]),
+    default=AUTO,
+    help="Of matrix products; auto: as it was begun, else bfloat16 where the device multiplies it natively.",
+)
 COUNT, SOME = click.IntRange(min=1), click.IntRange(min=0)
 """How many, at least one; and how many, none allowed."""
 places_options = shared(pair_option, cache_option)
@@ -57,6 +63,20 @@ def on_own_device(loaded):
     from sae_steer.world import World
 
     return loaded.to(World.local().device)
+
+
+def say_precision(world, begun: str | None = None, what: str = "it") -> None:
+    """Say in one line on stderr at which precision `world` runs, or refuse another than `what` was begun at."""
+    from sae_steer.capability import decide
+
+    decision = decide(world.wanted, world.device.type, begun=begun, what=what)
+    if world.is_first:
+        click.echo(decision.line, err=True)
+
+
+def say_exact() -> None:
+    """Say on stderr that a measurement runs in float32, whatever the machine multiplies faster."""
+    click.echo("precision float32, always: what is read from replays and gates is exact in it", err=True)
 
 
 def open_dictionary(pair: str, cache_folder: Path | None, sae_folder: Path | None, layer: int):

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from sae_steer.cli.group import main
-from sae_steer.cli.options import COUNT, force_option, seed_option
+from sae_steer.cli.options import COUNT, force_option, precision_option, say_precision, seed_option
 from sae_steer.settings import PRESETS, PairTrainingSettings
 
 
@@ -23,7 +23,7 @@ from sae_steer.settings import PRESETS, PairTrainingSettings
 )  # fmt: skip
 @click.option("--tokens", default=PairTrainingSettings.tokens, type=COUNT, help="Training tokens a model.")
 @click.option("--lr", default=PairTrainingSettings.lr, help="Peak learning rate.")
-@click.option("--precision", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", help="Of matrix products.")
+@precision_option
 @click.option("--out", type=click.Path(path_type=Path), help="The pair's folder.  [default: pairs/PRESET]")
 @seed_option
 @force_option
@@ -34,11 +34,13 @@ def train_pair(preset, init, twin, tokens, lr, precision, out, seed, force) -> N
     Example:
         sae-steer train-pair --preset small --init shared
     """
-    from sae_steer.pair.training import train_pair
+    from sae_steer.pair.training import begun_precision, train_pair
     from sae_steer.terminal import Bar
     from sae_steer.world import World
 
     settings = PairTrainingSettings(preset=preset, init=init, twin=twin, tokens=tokens, lr=lr, seed=seed)
     folder = out or Path("pairs", preset)
-    train_pair(folder, settings, world=World.local(precision=precision), force=force, on_step=Bar("train-pair"))
+    world = World.local(precision=precision)
+    say_precision(world, None if force else begun_precision(folder), f"the pair in {folder}")
+    train_pair(folder, settings, world=world, force=force, on_step=Bar("train-pair"))
     click.echo(folder)

@@ -6,17 +6,25 @@ from pathlib import Path
 import click
 
 from sae_steer.cli.group import main
-from sae_steer.cli.options import force_option, on_own_device, open_pair, pair_option, places_options
-from sae_steer.settings import CONTROLS, InterveneSettings
+from sae_steer.cli.options import (
+    force_option,
+    open_pair,
+    pair_option,
+    places_options,
+    precision_option,
+    say_precision,
+)
+from sae_steer.settings import AUTO, CONTROLS, DEFAULT_LAYER, CacheSettings, InterveneSettings, SAESettings
 
 
 @main.command()
 @places_options
 @click.option("--feature", default="top", help="An index of the dictionary, top, or like-2504.")
 @click.option("--full", is_flag=True, help=f"{CONTROLS['full']} control directions a family, not {CONTROLS['quick']}.")
+@precision_option
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/PAIR]")
 @force_option
-def run(pair, cache_folder, feature, full, out, force) -> None:
+def run(pair, cache_folder, feature, full, precision, out, force) -> None:
     """The whole study: cache, train-sae, scan, intervene, layers, report.
 
     The interventions are a first look (`intervene --quick`), and the verdict says so, unless --full.
@@ -25,15 +33,35 @@ def run(pair, cache_folder, feature, full, out, force) -> None:
     Example:
         sae-steer run --pair small
     """
-    from sae_steer.pipeline import StudySettings, run_study
+    from sae_steer.cache import begun_precision
+    from sae_steer.dictionary import kept_precision
+    from sae_steer.pipeline import run_study
     from sae_steer.terminal import Bar, TrainingBar
+    from sae_steer.world import World
 
     loaded, places = open_pair(pair, cache_folder, out)
-    on_own_device(loaded)
-    settings = StudySettings(intervene=InterveneSettings(controls=CONTROLS["full" if full else "quick"]))
+    world = World.local(precision=precision)
+    loaded.to(world.device)
+    settings = study_settings(full=full, precision=precision)
+    cached = None if force else begun_precision(places.cache)
+    learned = None if force else kept_precision(places.dictionary(loaded.target.name, DEFAULT_LAYER, settings.sae))
+    say_precision(world, cached, f"the cache in {places.cache}")
+    if learned != cached:
+        say_precision(world, learned, "the dictionary")
     bar = TrainingBar(Bar("train-sae"))
     report = run_study(loaded, places, feature=feature, settings=settings, force=force, progress=Bar, log=bar)
     click.echo(report)
+
+
+def study_settings(*, full: bool = False, precision: str = AUTO):
+    """The settings of every stage, as the command's options say them."""
+    from sae_steer.pipeline import StudySettings
+
+    return StudySettings(
+        cache=CacheSettings(precision=precision),
+        sae=SAESettings(precision=precision),
+        intervene=InterveneSettings(controls=CONTROLS["full" if full else "quick"]),
+    )
 
 
 @main.command()

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from sae_steer.cli.group import main
-from sae_steer.cli.options import COUNT, SOME, out_option, pair_option, seed_option
+from sae_steer.cli.options import COUNT, SOME, out_option, pair_option, precision_option, say_precision, seed_option
 from sae_steer.settings import SelftestSettings
 
 
@@ -17,9 +17,10 @@ from sae_steer.settings import SelftestSettings
     "--level-studies", default=SelftestSettings.level_studies, type=SOME, help="On the level of the rank test."
 )
 @click.option("--summary", is_flag=True, help="Only sum up the studies that are finished.")
+@precision_option
 @out_option
 @seed_option
-def selftest(pair, studies, kinds, level_studies, summary, out, seed) -> None:
+def selftest(pair, studies, kinds, level_studies, summary, precision, out, seed) -> None:
     """How often the verdict is right: whole studies of planted pairs whose truth is measured; resumes after a kill.
 
     \b
@@ -27,9 +28,11 @@ def selftest(pair, studies, kinds, level_studies, summary, out, seed) -> None:
         sae-steer selftest
         sae-steer selftest --summary
     """
+    from sae_steer.cache import begun_precision
     from sae_steer.pair.model_pair import load_pair
     from sae_steer.selftest.run import selftest, summarise
     from sae_steer.terminal import Bar
+    from sae_steer.world import World
 
     loaded = load_pair(pair)
     folder = out or Path("runs", loaded.name, "selftest")
@@ -37,4 +40,9 @@ def selftest(pair, studies, kinds, level_studies, summary, out, seed) -> None:
     if summary:
         click.echo(summarise(loaded, folder, settings=settings))
     else:
-        click.echo(selftest(loaded, folder, settings=settings, kinds=kinds, on_step=Bar("selftest")))
+        world = World.local(precision=precision, device="cpu")
+        say_precision(world, begun_precision(folder / "cache"), f"the cache in {folder / 'cache'}")
+        made = selftest(
+            loaded, folder, settings=settings, kinds=kinds, precision=precision, on_step=Bar("selftest")
+        )  # fmt: skip
+        click.echo(made)

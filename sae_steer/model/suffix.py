@@ -200,8 +200,9 @@ def _attend(
     mask: Float[Tensor, "batch 1 query past"] | None,
 ) -> tuple[Heads, Float[Tensor, "batch head query"]]:
     """What the queries read, and the logsumexp of their scores."""
-    if q.device.type == "cpu" and not q.requires_grad:  # a third of the time, and no gradient of the logsumexp
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, keys, values, 0.0, False, attn_mask=mask)
+    fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # torch's own, not promised
+    if fused and q.device.type == "cpu" and not q.requires_grad:  # a third of the time; the logsumexp has no gradient
+        return fused(q, keys, values, 0.0, False, attn_mask=mask)
     scores = (q @ keys.mT) * q.shape[-1] ** -0.5
     scores = scores if mask is None else scores + mask
     weight = scores.logsumexp(-1)

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from sae_steer.capability import capability
 from sae_steer.corpus import LENIENT_KEYWORDS, REGULATION_PHRASES, SPECIALS, VARIANTS, PlanTokenizer, write_plans
 from sae_steer.errors import InputError
-from sae_steer.files import sweep
+from sae_steer.files import read_facts, sweep
 from sae_steer.model.batching import Tokens, bucket
 from sae_steer.model.loading import save_decoder
 from sae_steer.model.training import TrainingState, train
@@ -25,7 +26,7 @@ from sae_steer.pair.model_pair import ModelPair, load_pair, write_pair_toml
 from sae_steer.pair.quality import measure_pair
 from sae_steer.progress import Progress, silent
 from sae_steer.randomness import generator
-from sae_steer.records import already_done, provenance, write_json
+from sae_steer.records import already_done, provenance, read_json, write_json
 from sae_steer.settings import PRESETS, PairTrainingSettings
 from sae_steer.world import World
 
@@ -83,7 +84,8 @@ def train_pair(
     if settings.preset not in PRESETS:
         raise InputError(f"no preset {settings.preset!r}; there are {', '.join(PRESETS)}")
     folder, world = Path(folder), world or World.local()
-    identity = {**asdict(settings), "precision": str(world.autocast or torch.float32).removeprefix("torch.")}
+    world = world.finishing(None if force else begun_precision(folder), f"the pair in {folder}")
+    identity = {**asdict(settings), "precision": world.precision}
     wanted = provenance(settings=identity, inputs={})
     if already_done(folder / "training.json", wanted, force=force):
         return load_pair(folder)
@@ -100,12 +102,23 @@ def train_pair(
         "provenance": wanted,
         "tokenizer": {"rows": tokenizer.n_vocab, "unused_rows": tokenizer.unused},
         "models": {model.name: model.sha256 for model in pair.models},
+        "computed": capability().facts(world.precision, world.device.type),
         "parameters": pair.target.model.n_parameters,
         "log": logs,
         "measured": measure_pair(pair, seed=settings.seed, on_step=on_step),
     }
     write_json(folder / "training.json", record)
     return pair.to("cpu")
+
+
+def begun_precision(folder: Path) -> str | None:
+    """The precision of the pair begun or made in `folder`; None if there is none."""
+    if (folder / "training.json").is_file():
+        made = read_json(folder / "training.json").get("provenance") or {}
+        return made.get("settings", {}).get("precision")
+    for checkpoint in sorted((folder / "training").glob("*.safetensors")):
+        return read_facts(checkpoint)["identity"].get("precision")
+    return None
 
 
 def _make_tokenizer(settings: PairTrainingSettings) -> PlanTokenizer:

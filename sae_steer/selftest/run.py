@@ -24,7 +24,7 @@ from sae_steer.selftest.kinds import KINDS
 from sae_steer.selftest.population import Population
 from sae_steer.selftest.summary import summary
 from sae_steer.selftest.trial import run_level_study, run_study
-from sae_steer.settings import CorpusSettings, SAESettings, SelftestSettings
+from sae_steer.settings import AUTO, CacheSettings, CorpusSettings, SAESettings, SelftestSettings
 
 REVISION = 2
 """Raised by hand with every change of the protocol or of the planting that changes what a study finds."""
@@ -42,12 +42,14 @@ def selftest(
     *,
     settings: SelftestSettings | None = None,
     kinds: Sequence[str] = (),
+    precision: str = AUTO,
     on_step: Progress = silent,
 ) -> Path:
     """Run every study that `out` lacks, then write what all that it holds show; returns the record's path.
 
     Args:
         kinds: those of `STUDIED` to study; none for all.
+        precision: of the products behind their cache and dictionary; the studies themselves are made in float32.
     """
     unknown = set(kinds) - set(STUDIED)
     if unknown:
@@ -60,7 +62,7 @@ def selftest(
         if _is_current(path, wanted):
             continue
         on_step(done, len(planned), f"{kind} {number}")
-        ground = ground or prepare(pair, out, settings)
+        ground = ground or prepare(pair, out, settings, precision)
         found = run_level_study(ground, number) if kind == LEVEL else run_study(ground, kind, number)
         write_json(path, {"provenance": wanted, **found})
     on_step(len(planned), len(planned), "all studies")
@@ -80,7 +82,7 @@ def summarise(pair: ModelPair, out: Path, *, settings: SelftestSettings | None =
     return write_json(Path(out) / RECORD_FILE, {"provenance": origin, "made_at": made_at, **summary(studies, levels)})
 
 
-def prepare(pair: ModelPair, out: Path, settings: SelftestSettings) -> Ground:
+def prepare(pair: ModelPair, out: Path, settings: SelftestSettings, precision: str = AUTO) -> Ground:
     """Texts, target tokens and a dictionary of the embedded target model, made in `out` once."""
     layer = pair.target.model.shape.n_layers - 2
     corpus = CorpusSettings(
@@ -95,6 +97,7 @@ def prepare(pair: ModelPair, out: Path, settings: SelftestSettings) -> Ground:
         pair,
         layers=(layer,),
         out=out / "cache",
+        settings=CacheSettings(precision=precision),
         source=GeneratedTexts(CorpusSettings(**{**asdict(corpus), "tune_plans": 1, "confirm_plans": 1})),
     )
     own = source.variants.index(pair.target.name)
@@ -105,7 +108,7 @@ def prepare(pair: ModelPair, out: Path, settings: SelftestSettings) -> Ground:
     return Ground(
         pair=pair,
         measure=TargetMass(cache.target_tokens(pair).ids),
-        sae=_dictionary(cache, pair, layer, out, settings),
+        sae=_dictionary(cache, pair, layer, out, settings, precision),
         layer=layer,
         fit=tuple(texts("train")[: settings.fit_texts]),
         tune=tuple(texts("tune")),
@@ -114,8 +117,10 @@ def prepare(pair: ModelPair, out: Path, settings: SelftestSettings) -> Ground:
     )
 
 
-def _dictionary(cache: ActivationCache, pair: ModelPair, layer: int, out: Path, settings: SelftestSettings):
-    usual = SAESettings(d_sae=settings.d_sae, rows=settings.sae_rows, seed=settings.seed)
+def _dictionary(
+    cache: ActivationCache, pair: ModelPair, layer: int, out: Path, settings: SelftestSettings, precision: str
+):
+    usual = SAESettings(d_sae=settings.d_sae, rows=settings.sae_rows, seed=settings.seed, precision=precision)
     made = train_sae(cache, model=pair.target.name, layer=layer, out=out / "dictionary", settings=usual)
     return made.sae
 

@@ -21,7 +21,7 @@ PAD = 40
 SHAPE = DecoderSettings(n_layers=2, n_heads=2, n_kv_heads=2, d_model=16, d_head=8, d_mlp=24, d_vocab=41)
 SETTINGS = PairTrainingSettings(tokens_per_batch=128, checkpoint_every=4, lr=1e-2)
 STEPS = 12
-WORLDS = {"float32": World.local(precision="float32", device="cpu"), "bfloat16": World.local(device="cpu")}
+WORLDS = {precision: World.local(precision=precision, device="cpu") for precision in ("float32", "bfloat16")}
 WORLD = WORLDS["float32"]
 
 

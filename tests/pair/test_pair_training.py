@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_pair import shrink_training
 from transformers import AutoModelForCausalLM
 
+from sae_steer.capability import Capability, assumed
 from sae_steer.errors import InputError, StaleError
 from sae_steer.pair import training
 from sae_steer.pair.model_pair import load_pair
@@ -156,9 +157,17 @@ def test_other_settings_are_refused_and_nothing_is_touched(whole):
     before = contents(whole)
     with pytest.raises(StaleError, match=r"lr: 0\.003, now 0\.001"):
         train_pair(whole, replace(SETTINGS, lr=1e-3), world=WORLD)
-    with pytest.raises(StaleError, match='precision: "float32", now "bfloat16"'):
-        train_pair(whole, SETTINGS, world=World.local(device="cpu"))
+    with pytest.raises(StaleError, match="was begun at float32, and --precision bfloat16 was asked"):
+        train_pair(whole, SETTINGS, world=World.local(precision="bfloat16", device="cpu"))
     assert contents(whole) == before
+
+
+def test_a_finished_pair_is_found_again_on_a_machine_that_would_have_trained_it_otherwise(whole):
+    with assumed(Capability(frozenset({"avx2", "amx_bf16"}))):
+        world = World.local(device="cpu")
+        again = train_pair(whole, SETTINGS, world=world, on_step=lambda *told: pytest.fail("a step was made"))
+    assert world.precision == "bfloat16"
+    assert again.sha256 == load_pair(whole).sha256
 
 
 def test_a_run_begun_with_other_settings_is_refused(tmp_path):

@@ -134,7 +134,8 @@ def test_provenance_is_plain_json(trained: TrainedSAE) -> None:
 
 def test_bfloat16_products_learn_as_well(planted, short: SAESettings, world: World) -> None:
     settings = replace(short, rows=200 * 128)
-    low = train_dictionary(planted, replace(settings, precision="bfloat16"), world=World.local(device="cpu")).sae
+    lower = World.local(precision="bfloat16", device="cpu")
+    low = train_dictionary(planted, replace(settings, precision="bfloat16"), world=lower).sae
     full = train_dictionary(planted, settings, world=world).sae
     held_out = [planted.batch(0, 2000, 77)]
     difference = evaluate(low, held_out, world).fve - evaluate(full, held_out, world).fve
