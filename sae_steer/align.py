@@ -46,6 +46,8 @@ class BasisCheck:
     affine_r2: float
     n_fit: int
     n_test: int
+    on_all: "BasisCheck | None" = None
+    """The same maps judged on test rows among which are those that were left out of the fit; None if not asked."""
 
     @property
     def gain(self) -> float:
@@ -92,17 +94,28 @@ def basis_check(
     y_fit: Float[np.ndarray, "fit d_y"],
     x_test: Float[np.ndarray, "test d_x"],
     y_test: Float[np.ndarray, "test d_y"],
+    *,
+    every: tuple[Float[np.ndarray, "all d_x"], Float[np.ndarray, "all d_y"]] | None = None,
 ) -> BasisCheck:
-    """R2 on the test rows of the identity, and of a rotation and an affine map fitted on the others."""
-    same_width = x_fit.shape[1] == y_fit.shape[1]
+    """R2 on the test rows of the identity, and of a rotation and an affine map fitted on the others.
+
+    Args:
+        every: the test rows with those that were left out of them, on which the maps are judged too.
+    """
     affine = fit_affine(x_fit, y_fit, ridge=choose_ridge(x_fit, y_fit))
-    return BasisCheck(
-        identity_r2=identity_r2(x_test, y_test) if same_width else None,
-        procrustes_r2=fit_procrustes(x_fit, y_fit).r2(x_test, y_test) if same_width else None,
-        affine_r2=affine.r2(x_test, y_test),
-        n_fit=len(x_fit),
-        n_test=len(x_test),
-    )
+    rotation = fit_procrustes(x_fit, y_fit) if x_fit.shape[1] == y_fit.shape[1] else None
+
+    def judged(x: np.ndarray, y: np.ndarray, on_all: BasisCheck | None = None) -> BasisCheck:
+        return BasisCheck(
+            identity_r2=None if rotation is None else identity_r2(x, y),
+            procrustes_r2=None if rotation is None else rotation.r2(x, y),
+            affine_r2=affine.r2(x, y),
+            n_fit=len(x_fit),
+            n_test=len(x),
+            on_all=on_all,
+        )
+
+    return judged(x_test, y_test, None if every is None else judged(*every))
 
 
 def _check_same_width(x: Float[np.ndarray, "row d_x"], y: Float[np.ndarray, "row d_y"], name: str) -> None:

@@ -15,8 +15,9 @@ from sae_steer.files import read_facts, sha256, sweep
 from sae_steer.model.lens import official_name
 from sae_steer.pair.model_pair import NamedModel
 from sae_steer.records import already_done, provenance, read_json, read_table, write_json, write_table
+from sae_steer.row_filter import LeftOut
 from sae_steer.sae.architectures import SparseDictionary, on_device
-from sae_steer.sae.evaluation import SAEMetrics, evaluate
+from sae_steer.sae.evaluation import SAEMetrics, evaluate_groups
 from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
 from sae_steer.sae.origin import Origin
 from sae_steer.sae.saelens.files import WEIGHTS_FILE, load_sae, read_metadata, save_sae
@@ -238,10 +239,7 @@ def _train_foreign(jobs: list[Job], *, world: World, log: Log | None, checkpoint
 
 
 def _store(cache: ActivationCache, one: Wanted, origin: dict, layer: int, trained: TrainedSAE, world: World) -> None:
-    exact = World.local(precision="float32")
-    train, held_out = (
-        evaluate(trained.sae, cache.rows(one.model, layer, split).in_order(), exact) for split in ("train", "scan")
-    )
+    train, held_out = (_evaluated(cache, one.model, layer, trained.sae, split) for split in ("train", "scan"))
     record = {
         "provenance": origin,
         "model": one.model,
@@ -253,21 +251,46 @@ def _store(cache: ActivationCache, one: Wanted, origin: dict, layer: int, traine
         "computed": capability().facts(world.precision, world.device.type),
     }
     save_sae(trained.sae, one.out, metadata={**record, "settings": asdict(one.settings)})
-    firings = {"train": train.firings.numpy(), "heldout": held_out.firings.numpy()}
-    write_table(one.out / FIRINGS_FILE, {"feature": np.arange(len(held_out.firings)), **firings})
+    firings = {"train": train.counted.firings.numpy(), "heldout": held_out.counted.firings.numpy()}
+    write_table(one.out / FIRINGS_FILE, {"feature": np.arange(trained.settings.d_sae), **firings})
     write_json(one.out / RECORD_FILE, record)
 
 
-def _figures(train: SAEMetrics, fresh: SAEMetrics) -> dict:
+@dataclass(frozen=True)
+class Evaluated:
+    """A dictionary's figures on one split."""
+
+    counted: SAEMetrics
+    """On the rows that count."""
+    everything: SAEMetrics
+    """On all rows, those left out among them."""
+    onsets: SAEMetrics | None
+    """At onsets of the model's own renderings."""
+    left_out: LeftOut
+
+
+def _evaluated(cache: ActivationCache, model: str, layer: int, sae: SparseDictionary, split: str) -> Evaluated:
+    rows, labels = cache.rows(model, layer, split), cache.labels(split)
+    at_onsets = labels["is_onset"].astype(bool) & np.isin(labels["text_variant"], cache.own_variants(model))
+    groups = {"counted": rows.counts, "everything": None, **({"onsets": at_onsets} if at_onsets.any() else {})}
+    found = evaluate_groups(sae, rows.in_order(), groups, World.local(precision="float32"))
+    return Evaluated(found["counted"], found["everything"], found.get("onsets"), rows.selection.left_out)
+
+
+def _figures(train: Evaluated, fresh: Evaluated) -> dict:
     """How well the dictionary explains the rows it learned from, and rows of tasks it never saw."""
     return {
-        "final_fve": fresh.fve,
-        "final_l0": fresh.l0,
-        "dead_pct_train": 100 * train.dead_share,
-        "dead_pct_heldout": 100 * fresh.dead_share,
-        "heldout_rows": fresh.rows,
-        "train_rows": train.rows,
-        "density_heldout": asdict(fresh.density),
+        "final_fve": fresh.counted.fve,
+        "final_l0": fresh.counted.l0,
+        "dead_pct_train": 100 * train.counted.dead_share,
+        "dead_pct_heldout": 100 * fresh.counted.dead_share,
+        "heldout_rows": fresh.counted.rows,
+        "train_rows": train.counted.rows,
+        "density_heldout": asdict(fresh.counted.density),
+        "fve_all_rows": fresh.everything.fve,
+        "fve_onsets": fresh.onsets and fresh.onsets.fve,
+        "onset_rows": fresh.onsets.rows if fresh.onsets else 0,
+        "rows_left_out": {"train": train.left_out.record(), "heldout": fresh.left_out.record()},
     }
 
 

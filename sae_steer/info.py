@@ -10,6 +10,7 @@ from sae_steer.model.language_model import fingerprint
 from sae_steer.model.loading import read_decoder
 from sae_steer.pair.model_pair import NamedModel, load_pair
 from sae_steer.records import read_json
+from sae_steer.row_filter import LeftOut
 from sae_steer.sae.saelens.files import WEIGHTS_FILE, load_sae, read_metadata
 from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.stability import load_stability
@@ -95,7 +96,18 @@ def _dictionary(path: Path) -> tuple[str, bool]:
         f"held-out FVE {record['final_fve']:.4f}, L0 {record['final_l0']:.1f}, "
         f"dead {record['dead_pct_heldout']:.2f} %"
     )
-    return "\n".join([told, *_seeds(path)]), True
+    return "\n".join([told, *_left_out(record), *_seeds(path)]), True
+
+
+def _left_out(record: dict) -> list[str]:
+    """How far the figures are those of some rows only; nothing in records from before rows were left out."""
+    if "rows_left_out" not in record:
+        return []
+    told = LeftOut(**record["rows_left_out"]["heldout"]).sentence("  held out")
+    at_onsets = (
+        "" if record["fve_onsets"] is None else f", at {record['onset_rows']:,} onsets {record['fve_onsets']:.4f}"
+    )
+    return [f"  FVE of all rows {record['fve_all_rows']:.4f}{at_onsets}", *([told] if told else [])]
 
 
 def _seeds(path: Path) -> list[str]:

@@ -9,7 +9,7 @@ A finished stage is found again by its settings and the hashes of its inputs; on
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -188,11 +188,16 @@ def run_study(
     *,
     feature: str = "top",
     settings: StudySettings | None = None,
+    keep: bool = False,
     force: bool = False,
     progress: Callable[[str], Progress] = lambda stage: silent,
     log: Log | None = None,
 ) -> Path:
-    """Every stage on the default layer, `feature` as the one intervened on; returns the report's path."""
+    """Every stage on the default layer, `feature` as the one intervened on; returns the report's path.
+
+    Args:
+        keep: count the rows of special tokens and long rows too, which are left out otherwise.
+    """
     from sae_steer.report.page import write_report  # matplotlib takes a second that no other stage needs
 
     settings, target = settings or StudySettings(), pair.target.name
@@ -205,6 +210,7 @@ def run_study(
         force=force,
         on_rows=progress("cache"),
     )
+    cache = replace(cache, keep_special_tokens=keep)
     where = places.dictionary(target, DEFAULT_LAYER, settings.sae)
     dictionary = train_sae(
         cache, model=target, layer=DEFAULT_LAYER, out=where, settings=settings.sae, force=force, log=log

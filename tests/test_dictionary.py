@@ -207,7 +207,7 @@ def test_firings_on_both_splits_stand_beside_the_dictionary(small, whole):
     found, table = load_dictionary(whole), read_table(whole / "firings.parquet")
     exact = World.local(precision="float32")
     for column, split in (("train", "train"), ("heldout", "scan")):
-        firings = evaluate(found.sae, small.rows("adhd", 2, split).in_order(), exact).firings
+        firings = evaluate(found.sae, small.rows("adhd", 2, split).that_count(), exact).firings
         assert np.array_equal(table[column], firings)
     assert found.record["dead_pct_heldout"] == pytest.approx(100 * (table["heldout"] == 0).mean())
     density = found.record["density_heldout"]

@@ -90,6 +90,7 @@ def atlas_provenance(
     inputs = {
         "pair": pair.sha256,
         "cache": cache.sha256,
+        "rows": cache.row_filter.identity,
         "dictionary": dictionary.sha256,
         "features": sha256(repr(sorted(features)).encode()),
         "scan": sha256(alive.astype(np.int64).tobytes(), log_odds.tobytes()),
@@ -170,5 +171,5 @@ def make_atlas(
 def _sized(bench: Bench, features: list[int]) -> dict[int, Direction]:
     """The direction and dose 1 of every feature that fires in the tune texts."""
     assert bench.dictionary is not None
-    found = directions.feature_directions(bench.dictionary, features, bench.tune_rows, bench.tuned.is_onset)
+    found = directions.feature_directions(bench.dictionary, features, *bench.sizing_rows)
     return {feature: direction for feature, direction in zip(features, found, strict=True) if direction is not None}

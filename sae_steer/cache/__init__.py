@@ -10,7 +10,8 @@ One row = one token position, the same in both models. The only importer of h5py
 """
 
 from sae_steer.cache.layout import LABELS, site
-from sae_steer.cache.reading import ActivationCache, ActivationRows
+from sae_steer.cache.reading import ActivationCache
+from sae_steer.cache.rows import ActivationRows
 from sae_steer.cache.storage import DTYPES
 from sae_steer.cache.writing import begun_precision, cache_activations
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from sae_steer.cache.layout import LABELS, MOMENTS, ORIGIN, origin, site
+from sae_steer.cache.layout import LABELS, MOMENTS, NORMS, ORIGIN, origin, site
 from sae_steer.cache.stored import AGAIN, Stamp, StoredRows
 from sae_steer.errors import InputError, NotFiniteError
 from sae_steer.files import sha256
@@ -90,6 +90,12 @@ class Shard:
     def moments(self, model: str, layer: int) -> np.ndarray:
         """[2, d_model] sums and sums of squares."""
         return self._data(f"{MOMENTS}/{model}/{site(layer)}", (2, self._models[model]["d_model"]), np.float64)[:]
+
+    def norms(self, model: str, layer: int) -> np.ndarray | None:
+        """[row] lengths of the rows of a model's stream; None in a shard from before shards had them."""
+        if NORMS not in self._file:
+            return None
+        return self._data(f"{NORMS}/{model}/{site(layer)}", (self._rows,), np.float32)[:]
 
     def rows(self, model: str, layer: int) -> StoredRows:
         """A model's stream after a block; a value that is not finite is a `NotFiniteError`."""

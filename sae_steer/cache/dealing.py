@@ -9,6 +9,11 @@ from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text, TextSource
 from sae_steer.settings import SPLITS
 
+SHARD_BYTES = 2**28
+"""Of a shard's streams in float32, all models and layers together."""
+MOST_ROWS, LEAST_BITS = 65_536, 10
+"""However narrow or wide they are, a shard holds 1,024 to 65,536 rows."""
+
 
 @dataclass(frozen=True)
 class ShardTexts:
@@ -32,6 +37,15 @@ class ShardTexts:
     def rows(self) -> int:
         """Token positions in all."""
         return sum(map(len, self.texts))
+
+
+def rows_that_fit(values_a_row: int) -> int:
+    """Rows a shard holds where the settings do not say: a power of two, by the width of the streams alone.
+
+    What memory is free plays no part, so that the same models and texts give the same shards everywhere.
+    """
+    fit = SHARD_BYTES // (4 * values_a_row)
+    return min(MOST_ROWS, 2 ** max(fit.bit_length() - 1, LEAST_BITS))
 
 
 def deal_texts(pair: ModelPair, source: TextSource, rows_per_shard: int) -> tuple[ShardTexts, ...]:

@@ -16,6 +16,8 @@ LABELS = {
     "true_p": np.float32,
 }
 MOMENTS = "moments"
+NORMS = "norms"
+"""Rows' lengths, by which `reading` leaves out those far longer than the others; older shards have none."""
 ORIGIN = "origin"
 """The attribute of a shard that says which cache it is a part of."""
 BLOCK = 16

@@ -1,28 +1,23 @@
-"""A finished cache: labels and texts of a split, and rows of a stream in order or in shuffled batches."""
+"""A finished cache: labels and texts of a split, and the rows of a stream, with which of them count."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from sae_steer.cache.checking import damaged_shards, opened
-from sae_steer.cache.layout import BLOCK, FORMAT, LABELS, MANIFEST, site
-from sae_steer.cache.shuffle import Shuffle
-from sae_steer.cache.storage import decoded
-from sae_steer.cache.stored import StoredRows
+from sae_steer.cache.layout import FORMAT, LABELS, MANIFEST, site
+from sae_steer.cache.norms import find_or_measure
+from sae_steer.cache.rows import ActivationRows
 from sae_steer.corpus import TargetTokens, count_first_tokens
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
-from sae_steer.randomness import generator
 from sae_steer.records import read_json
+from sae_steer.row_filter import RowFilter, RowsThatCount
 
 
 @dataclass(frozen=True)
@@ -31,10 +26,18 @@ class ActivationCache:
 
     folder: Path
     manifest: dict
+    keep_special_tokens: bool = False
+    """Whether the rows of special tokens, and rows far longer than the others, count like all others."""
 
     @classmethod
-    def open(cls, folder: Path) -> "ActivationCache":
-        """The cache in `folder`; one that is missing, unfinished or short of a shard is an `InputError`."""
+    def open(
+        cls, folder: Path, *, pair: ModelPair | None = None, keep_special_tokens: bool = False
+    ) -> "ActivationCache":
+        """The cache in `folder`; one that is missing, unfinished or short of a shard is an `InputError`.
+
+        Args:
+            pair: names the special tokens of a cache that was written before its manifest did.
+        """
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise InputError(f"no activation cache in {folder}; run `sae-steer cache` first, or name one with --cache")
@@ -49,7 +52,9 @@ class ActivationCache:
             path = folder / shard["file"]
             if not path.is_file() or path.stat().st_size != shard["bytes"]:
                 raise InputError(f"{path} is missing or cut short; repeat `sae-steer cache`, which writes it anew")
-        return cls(folder, manifest)
+        if "special_tokens" not in manifest and pair and pair.tokenizer.sha256 == manifest["tokenizer"]:
+            manifest = {**manifest, "special_tokens": list(pair.special_tokens)}
+        return cls(folder, manifest, keep_special_tokens)
 
     @property
     def sha256(self) -> str:
@@ -65,6 +70,17 @@ class ActivationCache:
     def variants(self) -> tuple[str, ...]:
         """The renderings the texts come in."""
         return tuple(self.manifest["variants"])
+
+    @property
+    def row_filter(self) -> RowFilter:
+        """Which rows count."""
+        special = self.manifest.get("special_tokens")
+        if special is None and not self.keep_special_tokens:
+            raise InputError(
+                f"the cache in {self.folder} was written before caches named their special tokens; open it with "
+                "ActivationCache.open(folder, pair=...), or with keep_special_tokens=True"
+            )
+        return RowFilter(frozenset(special or ()), self.keep_special_tokens)
 
     def own_variants(self, model: str) -> tuple[int, ...]:
         """Numbers of the renderings whose onsets count for `model`: the one of its name, or all if none has it."""
@@ -100,7 +116,10 @@ class ActivationCache:
 
     def labels(self, split: str) -> dict[str, np.ndarray]:
         """{name: [row]} every label of a split's rows."""
-        columns: dict[str, list[np.ndarray]] = {name: [] for name in LABELS}
+        return self._columns(split, LABELS)
+
+    def _columns(self, split: str, names: Iterable[str]) -> dict[str, np.ndarray]:
+        columns: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for shard in self._shards(split):
             with opened(self.folder, self.manifest, shard) as file:
                 for name, parts in columns.items():
@@ -127,7 +146,7 @@ class ActivationCache:
         ]
 
     def rows(self, model: str, layer: int, split: str) -> "ActivationRows":
-        """One model's stream after one block, over a split's rows."""
+        """One model's stream after one block, over a split's rows, and which of them count."""
         if layer not in self.layers:
             raise InputError(
                 f"the cache in {self.folder} holds layers {', '.join(map(str, self.layers))}, not {layer}; "
@@ -136,87 +155,30 @@ class ActivationCache:
         if model not in self.manifest["models"]:
             raise InputError(f"the cache in {self.folder} holds {' and '.join(self.manifest['models'])}, not {model!r}")
         dataset = f"{model}/{site(layer)}"
-        maps, sums, squares = [], 0.0, 0.0
+        maps, norms, sums, squares = [], [], 0.0, 0.0
         for shard in self._shards(split):
             with opened(self.folder, self.manifest, shard) as file:
                 maps.append(file.rows(model, layer))
+                norms.append(file.norms(model, layer))
                 moments = file.moments(model, layer)
             sums, squares = sums + moments[0], squares + moments[1]
         fixed = "/".join((*(shard["sha256"] for shard in self._shards(split)), dataset))
-        return ActivationRows(tuple(maps), np.asarray(sums), np.asarray(squares), sha256(fixed.encode()))
+        chosen = self._that_count(split, find_or_measure(self.folder, fixed, norms, maps))
+        fingerprint = sha256("/".join((fixed, *self._read_otherwise(chosen))).encode())
+        return ActivationRows(tuple(maps), np.asarray(sums), np.asarray(squares), fingerprint, chosen)
+
+    def _that_count(self, split: str, norms: np.ndarray) -> RowsThatCount:
+        token, is_onset = self._columns(split, ("token", "is_onset")).values()
+        return self.row_filter(token, is_onset.astype(bool), norms)
+
+    def _read_otherwise(self, chosen: RowsThatCount) -> list[str]:
+        """What sets the rows apart from a plain reading of the shards, which caches once had; nothing if nothing."""
+        if self.keep_special_tokens:
+            return ["typical scale"] if chosen.long.any() else []
+        return [self.row_filter.identity]
 
     def _shards(self, split: str) -> list[dict]:
         found = [shard for shard in self.manifest["shards"] if shard["split"] == split]
         if not found:
             raise InputError(f"the cache in {self.folder} has no '{split}' rows; write it with texts for that split")
         return found
-
-
-@dataclass(frozen=True)
-class ActivationRows:
-    """Rows of one stream: in order, or in shuffled batches whose whole state is the step."""
-
-    maps: tuple[StoredRows, ...]
-    sums: Float[np.ndarray, " d_model"]
-    squares: Float[np.ndarray, " d_model"]
-    fingerprint: str
-
-    @property
-    def d_in(self) -> int:
-        """Width of a row."""
-        return self.maps[0].shape[1]
-
-    @cached_property
-    def n_rows(self) -> int:
-        """Rows in all."""
-        return sum(len(part) for part in self.maps)
-
-    @property
-    def mean(self) -> Float[Tensor, " d_model"]:
-        """The mean row."""
-        return torch.from_numpy(self.sums / self.n_rows).float()
-
-    @property
-    def mean_square(self) -> float:
-        """Mean squared distance of a row from the mean row."""
-        return float((self.squares / self.n_rows - (self.sums / self.n_rows) ** 2).sum())
-
-    def in_order(self, size: int = 8_192) -> Iterator[Float[Tensor, "row d_model"]]:
-        """Every row, float32, in chunks."""
-        for part in self.maps:
-            for start in range(0, len(part), size):
-                yield torch.from_numpy(decoded(part[start : start + size]))
-
-    def take(self, rows: np.ndarray) -> Float[Tensor, "row d_model"]:
-        """The rows of these numbers (rising), float32."""
-        ends = np.cumsum([len(part) for part in self.maps])
-        starts = ends - [len(part) for part in self.maps]
-        inside = [rows[(rows >= start) & (rows < end)] - start for start, end in zip(starts, ends, strict=True)]
-        chosen = [part[chosen] for part, chosen in zip(self.maps, inside, strict=True)]
-        return torch.from_numpy(decoded(np.concatenate(chosen)))
-
-    def batch(self, step: int, batch_size: int, seed: int) -> Float[Tensor, "batch d_model"]:
-        """Batch `step` of a seeded shuffle of all blocks of rows, a new one every epoch.
-
-        Left out are a shard's last rows that fill no block, and of each epoch the blocks that fill no batch.
-        """
-        per_batch, n_blocks = batch_size // BLOCK, int(self._block_ends[-1])
-        if batch_size % BLOCK or not 0 < per_batch <= n_blocks:
-            raise InputError(
-                f"a batch of {batch_size} rows cannot be cut from {self.n_rows} rows in blocks of {BLOCK}; "
-                "choose a smaller multiple of it, or cache more texts"
-            )
-        epoch, within = divmod(step, n_blocks // per_batch)
-        key = torch.randint(2**62, (), generator=generator(seed, epoch, 3)).item()
-        blocks = Shuffle(n_blocks, key)(np.arange(within * per_batch, (within + 1) * per_batch))
-        parts = np.searchsorted(self._block_ends, blocks, side="right")
-        starts = (blocks - np.concatenate([[0], self._block_ends])[parts]) * BLOCK
-        batch = np.empty((batch_size, self.d_in), dtype=self.maps[0].dtype)
-        for slot, (part, start) in enumerate(zip(parts.tolist(), starts.tolist(), strict=True)):
-            self.maps[part].read_into(batch[slot * BLOCK : (slot + 1) * BLOCK], start)
-        return torch.from_numpy(decoded(batch))
-
-    @cached_property
-    def _block_ends(self) -> np.ndarray:
-        """Whole blocks in the shards up to each."""
-        return np.cumsum([len(part) // BLOCK for part in self.maps])

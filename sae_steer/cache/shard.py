@@ -1,4 +1,4 @@
-"""One shard as a file: labels, streams and their moments, and which cache it is a part of.
+"""One shard as a file: labels, streams, their moments and norms, and which cache it is a part of.
 
 The file is made in memory, written beside, synced and renamed; its line for the manifest follows in a record of its
 own. So what has a record is whole, whichever process of a run wrote it.
@@ -14,8 +14,8 @@ import numpy as np
 
 from sae_steer.cache.checking import damaged_shards
 from sae_steer.cache.dealing import ShardTexts
-from sae_steer.cache.layout import LABELS, MOMENTS, ORIGIN, site
-from sae_steer.cache.storage import WIDER, decoded, encoded, moments
+from sae_steer.cache.layout import LABELS, MOMENTS, NORMS, ORIGIN, site
+from sae_steer.cache.storage import WIDER, decoded, encoded, moments, norms
 from sae_steer.errors import NotFiniteError
 from sae_steer.files import replacing, sha256
 from sae_steer.pair.texts import Text
@@ -44,6 +44,7 @@ def write_shard(folder: Path, shard: ShardTexts, streams: Streams, *, dtype: str
                     raise _cannot_hold(resid, stored, shard.texts, f"model '{model}'", layer, dtype)
                 file.create_dataset(dataset, data=stored)
                 file.create_dataset(f"{MOMENTS}/{dataset}", data=sums)
+                file.create_dataset(f"{NORMS}/{dataset}", data=norms(stored))
     content = image.getbuffer()
     with replacing(folder / shard.file) as scratch:
         scratch.write_bytes(content)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 
+from sae_steer.row_filter import lengths
+
 DTYPES = ("float16", "bfloat16", "float32")
 WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
 """What holds a value that a type does not."""
@@ -47,6 +49,12 @@ def moments(stored: Shaped[np.ndarray, "row d_model"]) -> Float[np.ndarray, "2 d
             found[0] = np.vstack([found[:1], exact]).sum(0)
             found[1] = np.vstack([found[1:], exact**2]).sum(0)
     return found
+
+
+def norms(stored: Shaped[np.ndarray, "row d_model"]) -> Float[np.ndarray, " row"]:
+    """The length of each row as it is stored, in float32."""
+    parts = [lengths(decoded(stored[start : start + CHUNK])) for start in range(0, len(stored), CHUNK)]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
 
 def narrowest(streams: Iterable[Float[np.ndarray, "row d_model"]]) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from sae_steer.cache.checking import damaged_shards
-from sae_steer.cache.dealing import ShardTexts, deal_texts
-from sae_steer.cache.layout import FORMAT, LABELS, MANIFEST, MOMENTS, origin
+from sae_steer.cache.dealing import ShardTexts, deal_texts, rows_that_fit
+from sae_steer.cache.layout import FORMAT, LABELS, MANIFEST, MOMENTS, NORMS, origin
 from sae_steer.cache.reading import ActivationCache
 from sae_steer.cache.shard import finished_shards, write_shard
 from sae_steer.cache.storage import AUTO, DTYPES, narrowest
@@ -64,6 +64,8 @@ def cache_activations(
     settings, source, out = settings or CacheSettings(), source or GeneratedTexts(), Path(out)
     layers = tuple(sorted(set(layers)))
     _check(pair, layers, settings)
+    if settings.rows_per_shard is None:
+        settings = replace(settings, rows_per_shard=_rows_begun(out) or rows_that_fit(_width(pair) * len(layers)))
     if world:
         for model in pair.models:
             model.model.to(world.device)
@@ -78,7 +80,7 @@ def cache_activations(
         inputs={"pair": pair.sha256, "texts": json.dumps(source.identity(), sort_keys=True)},
     )
     if world.any(world.is_first and _is_whole(out, _begun(out, wanted, force=force))):
-        return ActivationCache.open(out)
+        return ActivationCache.open(out, pair=pair)
     with _only_writer(out) if world.is_first else nullcontext():
         shards = deal_texts(pair, source, settings.rows_per_shard)
         if world.is_first and not _begun(out, wanted, force=force):  # asked again: another writer may have come first
@@ -101,7 +103,7 @@ def cache_activations(
         if world.is_first:
             _finish(out, manifest, shards)
         world.barrier()  # the others open what the first has listed
-    return ActivationCache.open(out)
+    return ActivationCache.open(out, pair=pair)
 
 
 def begun_precision(out: Path) -> str | None:
@@ -129,8 +131,19 @@ def _check(pair: ModelPair, layers: tuple[int, ...], settings: CacheSettings) ->
     for layer in layers:
         pair.check_layer(layer)
     for model in pair.models:
-        if model.name in (*LABELS, MOMENTS):
+        if model.name in (*LABELS, MOMENTS, NORMS):
             raise InputError(f"a model cannot be called '{model.name}', as one of the cache's data sets is; rename it")
+
+
+def _width(pair: ModelPair) -> int:
+    return sum(model.model.shape.d_model for model in pair.models)
+
+
+def _rows_begun(out: Path) -> int | None:
+    """The rows a shard of the cache in `out` holds, which goes on as it began; None where there is none."""
+    manifest = read_json(out / MANIFEST) if (out / MANIFEST).is_file() else None
+    settings = manifest.get("provenance", {}).get("settings", {}) if isinstance(manifest, dict) else {}
+    return settings.get("rows_per_shard")
 
 
 def _new_manifest(pair: ModelPair, layers: tuple[int, ...], dtype: str, source: TextSource, wanted: dict) -> dict:
@@ -142,6 +155,7 @@ def _new_manifest(pair: ModelPair, layers: tuple[int, ...], dtype: str, source: 
             for model in pair.models
         },
         "tokenizer": pair.tokenizer.sha256,
+        "special_tokens": list(pair.special_tokens),
         "layers": list(layers),
         "dtype": dtype,
         "variants": list(source.variants),

@@ -6,6 +6,7 @@ import click
 
 from sae_steer.cli.group import main
 from sae_steer.cli.options import (
+    COUNT,
     SOME,
     force_option,
     open_pair,
@@ -39,10 +40,15 @@ from sae_steer.settings import DEFAULT_LAYER, CacheSettings, CorpusSettings
     help="Type stored; auto: float16 if the first texts leave room in it, else bfloat16.",
 )
 @precision_option
+@click.option(
+    "--rows-per-shard",
+    type=COUNT,
+    help="Rows a shard holds at most, which bounds memory.  [default: 65536, fewer where streams are wide]",
+)
 @out_option
 @seed_option
 @force_option
-def cache(pair, layers, texts, dtype, precision, out, seed, force, **plans) -> None:
+def cache(pair, layers, texts, dtype, precision, rows_per_shard, out, seed, force, **plans) -> None:
     """Store the residual streams of both models over the same texts.
 
     \b
@@ -61,7 +67,7 @@ def cache(pair, layers, texts, dtype, precision, out, seed, force, **plans) -> N
     with joined(precision=precision) as world:
         begun = None if force else begun_precision(places.cache)
         say_precision(world, begun, f"the cache in {places.cache}")
-        request["settings"] = CacheSettings(dtype=dtype, precision=precision)
+        request["settings"] = CacheSettings(dtype=dtype, precision=precision, rows_per_shard=rows_per_shard)
         made = cache_activations(loaded, **request, on_rows=Bar("cache"), world=world)
         if world.is_first:
             click.echo(made.folder)

@@ -9,6 +9,7 @@ from sae_steer.cli.group import main
 from sae_steer.cli.options import (
     COUNT,
     force_option,
+    keep_option,
     layer_option,
     on_own_device,
     open_pair,
@@ -49,10 +50,11 @@ from sae_steer.settings import SAESettings
 @click.option(
     "--log", "trackers", multiple=True, type=click.Choice(["tensorboard", "wandb"]), help="Also tell these; may repeat."
 )
+@keep_option
 @out_option
 @force_option
 def train_sae(
-    pair, cache_folder, layer, models, arch, ks, widths, seeds, peak, wait, trackers, out, force, **knobs
+    pair, cache_folder, layer, models, arch, ks, widths, seeds, peak, wait, trackers, keep, out, force, **knobs
 ) -> None:
     """Learn dictionaries from the cache, all in one reading of it; SAELens folders, resumed after a kill.
 
@@ -70,7 +72,7 @@ def train_sae(
     from sae_steer.world import joined
 
     loaded, places = open_pair(pair, cache_folder, None)
-    cache = ActivationCache.open(places.cache)
+    cache = ActivationCache.open(places.cache, pair=loaded, keep_special_tokens=keep)
     cache.check_pair(loaded)
     wanted, knobs = [], {**knobs, "architecture": arch, "lr": peak, "patience": wait}
     for model, k, width, seed in product(models or ["target"], ks, widths, seeds):
@@ -86,4 +88,14 @@ def train_sae(
     if world.is_first:
         for one, dictionary in zip(wanted, learned, strict=True):
             find_or_splice(on_own_device(loaded), cache, dictionary, one.out, force=force)
+            _tell_left_out(dictionary.record)
             click.echo(one.out)
+
+
+def _tell_left_out(record: dict) -> None:
+    """On which rows the dictionary was learned and judged, where they are not all."""
+    from sae_steer.row_filter import LeftOut
+
+    for split, counted in record.get("rows_left_out", {}).items():
+        if told := LeftOut(**counted).sentence(split):
+            click.echo(told, err=True)

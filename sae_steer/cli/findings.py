@@ -8,6 +8,7 @@ from sae_steer.cli.options import (
     SOME,
     dictionary_options,
     force_option,
+    keep_option,
     on_own_device,
     open_dictionary,
     open_pair,
@@ -25,9 +26,10 @@ from sae_steer.settings import LayersSettings, ScanSettings
 @click.option("--min-rate", default=ScanSettings.min_rate, help="Least firing rate at the target model's onsets.")
 @click.option("--max-q", default=ScanSettings.max_q, help="Largest q over all features.")
 @click.option("--min-ratio", default=ScanSettings.min_ratio, help="Least ratio of the two models' rates.")
+@keep_option
 @out_option
 @force_option
-def scan(pair, cache_folder, sae_folder, layer, top, min_rate, max_q, min_ratio, out, force) -> None:
+def scan(pair, cache_folder, sae_folder, layer, top, min_rate, max_q, min_ratio, keep, out, force) -> None:
     """Rank the features of a dictionary by how specific they are to the target model at step onsets.
 
     \b
@@ -37,7 +39,7 @@ def scan(pair, cache_folder, sae_folder, layer, top, min_rate, max_q, min_ratio,
     from sae_steer.pipeline import find_or_scan
     from sae_steer.terminal import Bar
 
-    loaded, places, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer)
+    loaded, places, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer, keep=keep)
     cache.check_pair(loaded)
     folder = out or places.scan
     settings = ScanSettings(min_rate=min_rate, max_q=max_q, min_ratio=min_ratio)
@@ -67,5 +69,5 @@ def layers(pair, cache_folder, prompts, out, seed, force) -> None:
     on_own_device(loaded)
     say_exact()
     settings = LayersSettings(prompts=prompts, seed=seed)
-    cache, folder = ActivationCache.open(places.cache), out or places.layers
+    cache, folder = ActivationCache.open(places.cache, pair=loaded), out or places.layers
     click.echo(find_or_read_layers(loaded, cache, folder, settings=settings, force=force, on_step=Bar("layers")).parent)

@@ -11,6 +11,7 @@ from sae_steer.cli.options import (
     SOME,
     dictionary_options,
     force_option,
+    keep_option,
     on_own_device,
     open_dictionary,
     out_option,
@@ -49,6 +50,7 @@ from sae_steer.settings import CONTROLS, POSITIONS, AtlasSettings, InterveneSett
 @click.option(
     "--generations", default=InterveneSettings.generations, type=SOME, help="Sampled plans an arm; 0 for none."
 )
+@keep_option
 @out_option
 @seed_option
 @force_option
@@ -63,6 +65,7 @@ def intervene(
     scan_folder,
     size,
     bound,
+    keep,
     out,
     force,
     **knobs,
@@ -82,7 +85,7 @@ def intervene(
         raise click.UsageError("give one of --feature, --direction and --all-specific")
     if all_specific:
         _refuse_unused()
-    loaded, places, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer)
+    loaded, places, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer, keep=keep)
     on_own_device(loaded)
     say_exact()
     if all_specific:

@@ -42,6 +42,12 @@ precision_option = click.option(
     default=AUTO,
     help="Of matrix products; auto: as it was begun, else bfloat16 where the device multiplies it natively.",
 )
+keep_option = click.option(
+    "--keep-special-tokens",
+    "keep",
+    is_flag=True,
+    help="Count the rows of special tokens and rows of ten times the usual length, which are left out otherwise.",
+)
 COUNT, SOME = click.IntRange(min=1), click.IntRange(min=0)
 """How many, at least one; and how many, none allowed."""
 places_options = shared(pair_option, cache_option)
@@ -79,12 +85,12 @@ def say_exact() -> None:
     click.echo("precision float32, always: what is read from replays and gates is exact in it", err=True)
 
 
-def open_dictionary(pair: str, cache_folder: Path | None, sae_folder: Path | None, layer: int):
+def open_dictionary(pair: str, cache_folder: Path | None, sae_folder: Path | None, layer: int, *, keep: bool = False):
     """The pair, its places, the cache and the dictionary that the options name."""
     from sae_steer.cache import ActivationCache
     from sae_steer.dictionary import load_dictionary
 
     loaded, places = open_pair(pair, cache_folder, None)
-    cache = ActivationCache.open(places.cache)
+    cache = ActivationCache.open(places.cache, pair=loaded, keep_special_tokens=keep)
     folder = sae_folder or places.dictionary(loaded.target.name, layer)
     return loaded, places, cache, load_dictionary(folder, model=loaded.target, layer=layer)

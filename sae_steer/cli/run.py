@@ -8,6 +8,7 @@ import click
 from sae_steer.cli.group import main
 from sae_steer.cli.options import (
     force_option,
+    keep_option,
     open_pair,
     pair_option,
     places_options,
@@ -23,8 +24,9 @@ from sae_steer.settings import AUTO, CONTROLS, DEFAULT_LAYER, CacheSettings, Int
 @click.option("--full", is_flag=True, help=f"{CONTROLS['full']} control directions a family, not {CONTROLS['quick']}.")
 @precision_option
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/PAIR]")
+@keep_option
 @force_option
-def run(pair, cache_folder, feature, full, precision, out, force) -> None:
+def run(pair, cache_folder, feature, full, precision, keep, out, force) -> None:
     """The whole study: cache, train-sae, scan, intervene, layers, report.
 
     The interventions are a first look (`intervene --quick`), and the verdict says so, unless --full.
@@ -49,7 +51,9 @@ def run(pair, cache_folder, feature, full, precision, out, force) -> None:
     if learned != cached:
         say_precision(world, learned, "the dictionary")
     bar = TrainingBar(Bar("train-sae"))
-    report = run_study(loaded, places, feature=feature, settings=settings, force=force, progress=Bar, log=bar)
+    report = run_study(
+        loaded, places, feature=feature, settings=settings, keep=keep, force=force, progress=Bar, log=bar
+    )
     click.echo(report)
 
 

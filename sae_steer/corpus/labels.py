@@ -48,6 +48,12 @@ class OnsetRule:
             steps = _steps_between(text, places, controls)
         return [(at, step) for at, step in steps if step]
 
+    def delimiters(self, tokenizer: PlanTokenizer) -> frozenset[int]:
+        """Ids of the special tokens that are a delimiter by themselves."""
+        if self.regex is None:
+            return frozenset(tokenizer.token_id(token) for token in self.tokens)
+        return frozenset(row for row in tokenizer.control_ids if self._matches(tokenizer.decode([row])))
+
     def _steps_by_regex(self, text: TokenizedText, controls: list[int]) -> Iterator[tuple[int, str]]:
         """Steps cut from the text: a delimiter may be several tokens, and begin inside one of the step before it."""
         matches, ends = self._matches(text.text), _Ends.of(text)

@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sae_steer.edits import controls as families
@@ -26,6 +26,7 @@ from sae_steer.model.replay import Edit
 from sae_steer.pair.model_pair import NamedModel
 from sae_steer.pair.texts import Text
 from sae_steer.randomness import generator
+from sae_steer.row_filter import RowFilter
 from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.settings import InterveneSettings
 
@@ -119,6 +120,8 @@ class Bench:
     """Texts on which maps are judged, and sizes, rates and differences of means are read."""
     dictionary: SparseDictionary | None = None
     """Where matched control features come from for a direction that is no feature."""
+    row_filter: RowFilter = field(default_factory=RowFilter)
+    """Which rows maps, sizes and covariances are taken from."""
     _bridges: dict[tuple[bool, int, int], Bridge] = field(default_factory=dict)
 
     @property
@@ -129,17 +132,23 @@ class Bench:
     @cached_property
     def tuned(self) -> PairedRows:
         """Both streams over the tune texts."""
-        return PairedRows.of(self.target.model, self.reference.model, self.tune, self.layers)
+        return PairedRows.of(self.target.model, self.reference.model, self.tune, self.layers, self.row_filter)
 
     @cached_property
     def fitted(self) -> PairedRows:
         """Both streams over the fit texts."""
-        return PairedRows.of(self.target.model, self.reference.model, self.fit, self.layers)
+        return PairedRows.of(self.target.model, self.reference.model, self.fit, self.layers, self.row_filter)
 
     @cached_property
     def tune_rows(self) -> Float[Tensor, "row d_model"]:
         """The target's stream over the tune texts, on the target's device."""
         return torch.from_numpy(self.tuned.target[self.layer]).to(self.target.model.device)
+
+    @cached_property
+    def sizing_rows(self) -> tuple[Float[Tensor, "row d_model"], Bool[np.ndarray, " row"]]:
+        """Of the tune rows those that count, and which are onsets: what a feature's size is read from."""
+        counts = self.tuned.selection.counts
+        return self.tune_rows[torch.from_numpy(counts).to(self.tune_rows.device)], self.tuned.is_onset[counts]
 
     @cached_property
     def mean_difference(self) -> Direction:
@@ -158,9 +167,10 @@ class Bench:
                 for rows in (fit, tune)
             ]
             (x_fit, y_fit), (x_test, y_test) = streams
+            every = x_test[tune.between_all], y_test[tune.between_all]
             device = (self.target if to_target else self.reference).model.device
             self._bridges[key] = bridge(
-                x_fit[fit.between], y_fit[fit.between], x_test[tune.between], y_test[tune.between], device
+                x_fit[fit.between], y_fit[fit.between], x_test[tune.between], y_test[tune.between], device, every
             )
         return self._bridges[key]
 
@@ -169,9 +179,13 @@ class Bench:
         return None if variant.edits_target else self.bridge(self.layer, self.layer - variant.layers_below)
 
     def onset_stream(self, variant: Variant) -> Float[np.ndarray, "onset d_model"]:
-        """The stream a variant edits, at the onsets of the tune texts."""
-        streams = self.tuned.target if variant.edits_target else self.tuned.reference
-        return streams[self.layer - variant.layers_below][self.tuned.is_onset]
+        """The stream a variant edits, at the onsets of the tune texts: the typical ones, where there are any.
+
+        One onset of a hundred times the others' length would make its direction the only one of the covariance.
+        """
+        streams, onsets = self.tuned.target if variant.edits_target else self.tuned.reference, self.tuned.is_onset
+        typical = onsets & self.tuned.selection.typical
+        return streams[self.layer - variant.layers_below][typical if typical.sum() > 1 else onsets]
 
     def units(
         self, unit: Float[Tensor, "*rows d_model"], variant: Variant

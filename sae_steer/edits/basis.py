@@ -4,6 +4,9 @@ Two trainings share no basis (2506.06609), so a direction of the target model me
 only through a map. Rows are positions of the same texts read in both models; y = x @ weight + bias is fitted by
 ridge, and its R2 on held-out tasks stands beside that of the identity and of a rotation.
 
+Rows that do not count (`row_filter`: special tokens, and rows far longer than the others) are left out of the fit and
+of R2, which is reported with them beside: one massive row makes two unrelated streams look like one.
+
 Rows are taken between onsets, where the models are not asked to differ. A map that has seen them predicts what
 the other model *would* hold there, and so takes away the very difference it should carry: of a feature that one
 model alone writes at onsets, nothing arrives (planted, `selftest`: cosine .21 with the truth, .71 without them).
@@ -23,6 +26,7 @@ from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.pair.texts import Text
 from sae_steer.randomness import generator
+from sae_steer.row_filter import RowFilter, RowsThatCount
 
 TOKENS_PER_BATCH = 4_096
 FIT_ROWS = 30_000
@@ -87,18 +91,32 @@ class PairedRows:
     opens: Bool[np.ndarray, " row"]
     """Tokens that open a step somewhere in the texts."""
     task: Int[np.ndarray, " row"]
+    selection: RowsThatCount
+    """Rows that count in both models after all the layers."""
 
     @classmethod
     def of(
-        cls, target: LanguageModel, reference: LanguageModel, texts: Sequence[Text], layers: tuple[int, ...]
+        cls,
+        target: LanguageModel,
+        reference: LanguageModel,
+        texts: Sequence[Text],
+        layers: tuple[int, ...],
+        row_filter: RowFilter | None = None,
     ) -> "PairedRows":
-        """Every position of the texts, in the order of their lengths."""
+        """Every position of the texts, in the order of their lengths.
+
+        Args:
+            row_filter: says which rows count; by default none but the long ones are left out.
+        """
         order = [i for batch in length_batches([len(text) for text in texts], TOKENS_PER_BATCH) for i in batch]
         ordered = [texts[i] for i in order]
         token, is_onset = (np.concatenate([getattr(text, name) for text in ordered]) for name in ("token", "is_onset"))
+        streams = [_streams(model, ordered, layers) for model in (target, reference)]
+        chosen = (row_filter or RowFilter()).of_streams(token, is_onset, [*streams[0].values(), *streams[1].values()])
         return cls(
-            target=_streams(target, ordered, layers),
-            reference=_streams(reference, ordered, layers),
+            target=streams[0],
+            reference=streams[1],
+            selection=chosen,
             is_onset=is_onset,
             next_is_target=np.concatenate([text.next_is_target for text in ordered]),
             opens=np.isin(token, np.unique(token[is_onset])),
@@ -107,8 +125,21 @@ class PairedRows:
 
     @cached_property
     def between(self) -> Int[np.ndarray, " chosen"]:
-        """At most `FIT_ROWS` rows whose tokens open no step, spread evenly; of all rows if every token opens one."""
-        found = np.flatnonzero(~self.opens if not self.opens.all() else self.opens)
+        """At most `FIT_ROWS` rows that count and whose tokens open no step, spread evenly.
+
+        Of all rows that count if every one of their tokens opens a step.
+        """
+        return self._spread(self.selection.counts)
+
+    @cached_property
+    def between_all(self) -> Int[np.ndarray, " chosen"]:
+        """As `between`, of all rows."""
+        return self._spread(np.ones(len(self.opens), bool))
+
+    def _spread(self, among: Bool[np.ndarray, " row"]) -> Int[np.ndarray, " chosen"]:
+        found = np.flatnonzero(among & ~self.opens)
+        if not len(found):
+            found = np.flatnonzero(among)
         return found[np.unique(np.linspace(0, len(found) - 1, min(FIT_ROWS, len(found))).astype(np.int64))]
 
 
@@ -118,24 +149,31 @@ def bridge(
     x_test: Float[np.ndarray, "test d_x"],
     y_test: Float[np.ndarray, "test d_y"],
     device: torch.device,
+    every: tuple[Float[np.ndarray, "all d_x"], Float[np.ndarray, "all d_y"]] | None = None,
 ) -> Bridge:
-    """The affine map from x to y, and the basis check on the test rows."""
+    """The affine map from x to y, and the basis check on the test rows, and on `every` one, left out or not."""
     fitted = fit_affine(x_fit, y_fit, ridge=choose_ridge(x_fit, y_fit))
     turned = fit_procrustes(x_fit, y_fit) if x_fit.shape[1] == y_fit.shape[1] else None
     return Bridge(
         Carry.of(fitted, device),
         None if turned is None else Carry.of(turned, device),
-        basis_check(x_fit, y_fit, x_test, y_test),
+        basis_check(x_fit, y_fit, x_test, y_test, every=every),
     )
 
 
-def embedding_check(target: LanguageModel, reference: LanguageModel, *, seed: int) -> BasisCheck:
-    """The basis check of the two embedding tables: rows are tokens, fitted on a random half of them."""
+def embedding_check(
+    target: LanguageModel, reference: LanguageModel, *, seed: int, row_filter: RowFilter | None = None
+) -> BasisCheck:
+    """The basis check of the two embedding tables: rows are tokens, fitted on a random half of those that count."""
     tables = [model.W_E.detach().cpu().double().numpy() for model in (target, reference)]
     rows = min(map(len, tables))
+    tables = [table[:rows] for table in tables]
+    chosen = (row_filter or RowFilter()).of_streams(np.arange(rows), np.zeros(rows, bool), tables)
     order = torch.randperm(rows, generator=generator(seed, 61)).numpy()
-    fit, test = order[: rows // 2], order[rows // 2 :]
-    return basis_check(tables[0][fit], tables[1][fit], tables[0][test], tables[1][test])
+    halves = [half[chosen.counts[half]] for half in (order[: rows // 2], order[rows // 2 :])]
+    fit, test = ([table[half] for table in tables] for half in halves)
+    every = tables[0][order[rows // 2 :]], tables[1][order[rows // 2 :]]
+    return basis_check(*fit, *test, every=every)
 
 
 @torch.no_grad()

@@ -12,6 +12,9 @@ zero, because a zero is no stream the model has ever seen and makes every dictio
 Where mean ablation costs nothing that can be told from zero there is nothing to recover, and the share is undefined:
 of 4.10, 4.17 and 4.03 nats (clean, spliced, ablated) it would be 2. Of a text that ends at the position read, the
 loss is expected over the clean prediction, which stands in for the token that does not follow.
+
+Positions whose rows do not count (`row_filter`: special tokens, and rows far longer than the others) are neither
+replaced nor read: in place of a massive first row the mean wrecks the whole text, and any dictionary looks good beside.
 """
 
 from collections.abc import Sequence
@@ -27,13 +30,15 @@ from torch.nn.functional import cross_entropy
 from sae_steer import stats
 from sae_steer.cache import ActivationCache
 from sae_steer.dictionary import Dictionary
-from sae_steer.effects.measure import OnsetBatch, OnsetRows
+from sae_steer.effects.measure import TOKENS_PER_BATCH, OnsetBatch, OnsetRows
 from sae_steer.errors import InputError
+from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.replay import CleanPass
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
 from sae_steer.records import already_done, provenance, write_json
+from sae_steer.row_filter import LeftOut, RowFilter
 
 RECORD_FILE = "ce_recovered.json"
 TEXTS = 100
@@ -58,6 +63,8 @@ class SplicedLoss:
     tasks: int
     ends: int = 0
     """Of the positions, those at which their text ends, so that the loss is expected over the clean prediction."""
+    left_out: LeftOut | None = None
+    """The positions that were neither replaced nor read."""
 
     def record(self) -> dict:
         """The figures for a JSON record."""
@@ -76,17 +83,20 @@ def ce_recovered(
     layer: int,
     *,
     only_onsets: bool,
+    row_filter: RowFilter | None = None,
     draws: int = 10_000,
     seed: int = 0,
 ) -> SplicedLoss:
     """The loss `sae` recovers when it stands in for the stream after block `layer`, at step onsets or everywhere.
 
     Args:
+        row_filter: says which positions count; by default none but those of long rows are left out.
         sae: anything callable that maps rows [row, d_model] of this stream to their reconstructions.
         draws: bootstrap resamples of the tasks for the interval.
     """
     wanted = "onsets" if only_onsets else "all"
-    rows = OnsetRows.of(texts, [np.flatnonzero(t.is_onset) if only_onsets else np.arange(len(t) - 1) for t in texts])
+    positions, left_out = _positions(model, texts, layer, row_filter or RowFilter(), only_onsets=only_onsets)
+    rows = OnsetRows.of(texts, positions)
     if len(set(rows.task.tolist())) < 2:
         raise InputError(
             f"the {len(texts)} texts hold {len(rows)} positions to read and fewer than two tasks; "
@@ -107,6 +117,7 @@ def ce_recovered(
         n=len(rows),
         tasks=rows.tasks,
         ends=sum(int(batch.ends[batch.real].sum()) for batch in rows.batches),
+        left_out=left_out,
     )
 
 
@@ -136,16 +147,42 @@ def find_or_splice(
     """
     path, settings = Path(folder) / RECORD_FILE, {"texts": TEXTS, "split": "scan"}
     inputs = {"pair": pair.sha256, "cache": cache.sha256, "dictionary": dictionary.sha256}
+    inputs |= {"rows": cache.row_filter.identity}
     wanted = provenance(settings=settings, inputs=inputs)
     if not already_done(path, wanted, force=force):
         model, texts = pair.model(dictionary.model), cache.own_texts("scan", dictionary.model)[:TEXTS]
         sae = dictionary.to(model.model.device).sae
         found = [
-            ce_recovered(model.model, sae, texts, dictionary.layer, only_onsets=only_onsets)
+            ce_recovered(
+                model.model, sae, texts, dictionary.layer, only_onsets=only_onsets, row_filter=cache.row_filter
+            )
             for only_onsets in (True, False)
         ]
         write_json(path, {"provenance": wanted} | {one.positions: one.record() for one in found})
     return path
+
+
+def _positions(
+    model: LanguageModel, texts: Sequence[Text], layer: int, row_filter: RowFilter, *, only_onsets: bool
+) -> tuple[list[Int[np.ndarray, " position"]], LeftOut]:
+    """Each text's positions that are replaced and read: its onsets, or all that count and have a next token."""
+    token, is_onset = (np.concatenate([getattr(text, name) for text in texts]) for name in ("token", "is_onset"))
+    chosen = row_filter(token, is_onset, _norms(model, texts, layer))
+    wanted = chosen.counts & is_onset if only_onsets else chosen.counts
+    parts = np.split(wanted, np.cumsum([len(text) for text in texts])[:-1])
+    return [np.flatnonzero(part if only_onsets else part[:-1]) for part in parts], chosen.left_out
+
+
+@torch.no_grad()
+def _norms(model: LanguageModel, texts: Sequence[Text], layer: int) -> Float[np.ndarray, " row"]:
+    """The length of the stream at every position, text after text."""
+    found: list[Float[np.ndarray, " row"]] = [np.zeros(0, np.float32)] * len(texts)
+    for batch in length_batches([len(text) for text in texts], TOKENS_PER_BATCH):
+        tokens = pad([texts[i].token.tolist() for i in batch], 0).to(model.device)
+        norms = model.resid_posts(tokens, (layer,))[layer].double().norm(dim=-1).float().cpu().numpy()
+        for i, row in zip(batch, norms, strict=True):
+            found[i] = row[: len(texts[i])]
+    return np.concatenate(found)
 
 
 @torch.no_grad()

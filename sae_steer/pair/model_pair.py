@@ -126,6 +126,11 @@ class ModelPair:
         parts = (self.reference.name, self.reference.sha256, self.target.name, self.target.sha256)
         return sha256(*(part.encode() for part in (*parts, self.tokenizer.sha256, study)))
 
+    @cached_property
+    def special_tokens(self) -> tuple[int, ...]:
+        """Ids of the special tokens that are no onset delimiter: rows of theirs are left out of statistics."""
+        return tuple(sorted(self.tokenizer.control_ids - self.onsets.delimiters(self.tokenizer)))
+
     def model(self, name: str) -> NamedModel:
         """The model of that name; `reference` and `target` are names too."""
         for role, model in (("reference", self.reference), ("target", self.target)):

@@ -12,6 +12,7 @@ from sae_steer.model.sampling import sample
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.progress import Progress, silent
 from sae_steer.randomness import generator
+from sae_steer.row_filter import RowFilter
 
 GENERATIONS = 1_000
 BASIS_PLANS = 200
@@ -90,7 +91,8 @@ def plan_statistics(texts: list[str], pair: ModelPair) -> dict:
 def basis_by_layer(pair: ModelPair, *, plans: int = BASIS_PLANS, seed: int = 0) -> list[dict]:
     """Identity, rotation and affine R2 from the reference's stream to the target's, held out by task.
 
-    The same positions of target-variant texts, read in both models; fitted on one half of the tasks.
+    The same positions of target-variant texts, read in both models; fitted on one half of the tasks. Rows of special
+    tokens, and rows that are long in either model after any block, are left out.
     """
     texts = list(write_plans("scan", pair.target.name, count=plans, seed=seed))
     layers = tuple(range(min(model.model.shape.n_layers for model in pair.models)))
@@ -99,7 +101,13 @@ def basis_by_layer(pair: ModelPair, *, plans: int = BASIS_PLANS, seed: int = 0) 
         for half in (0, 1)
     ]
     (x_fit, y_fit), (x_test, y_test) = halves
-    found = [basis_check(x_fit[layer], y_fit[layer], x_test[layer], y_test[layer]) for layer in layers]
+    counts = [_that_count(pair, [plan.text for plan in texts[half::2]], streams) for half, streams in enumerate(halves)]
+    found = [
+        basis_check(
+            x_fit[layer][counts[0]], y_fit[layer][counts[0]], x_test[layer][counts[1]], y_test[layer][counts[1]]
+        )
+        for layer in layers
+    ]
     return [
         {
             "layer": layer,
@@ -110,6 +118,13 @@ def basis_by_layer(pair: ModelPair, *, plans: int = BASIS_PLANS, seed: int = 0) 
         }
         for layer, check in zip(layers, found, strict=True)
     ]
+
+
+def _that_count(pair: ModelPair, texts: list[str], streams: list[dict[int, np.ndarray]]) -> np.ndarray:
+    token = np.concatenate([pair.tokenizer.encode(text) for text in texts])
+    opens = np.isin(token, sorted(pair.onsets.delimiters(pair.tokenizer)))
+    rows = [resid for stream in streams for resid in stream.values()]
+    return RowFilter(frozenset(pair.special_tokens)).of_streams(token, opens, rows).typical
 
 
 def _stacked(pair: ModelPair, model: NamedModel, texts: list[str], layers: tuple[int, ...]) -> dict[int, np.ndarray]:

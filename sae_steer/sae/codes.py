@@ -64,6 +64,11 @@ class SparseCodes:
         zeros = torch.zeros(self.d_sae, dtype=torch.long, device=self.values.device)
         return zeros.index_add_(0, self.indices, (self.values != 0).long())
 
+    def firings_in(self, mine: Bool[Tensor, " row"]) -> Int[Tensor, " {self.d_sae}"]:
+        """`firings`, of some of the rows alone."""
+        zeros = torch.zeros(self.d_sae, dtype=torch.long, device=self.values.device)
+        return zeros.index_add_(0, self.indices, ((self.values != 0) & mine[self.rows]).long())
+
     def of_feature(self, feature: int) -> Float[Tensor, " row"]:
         """One feature's value in each row."""
         chosen = self.values * (self.indices == feature)

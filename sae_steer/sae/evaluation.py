@@ -6,18 +6,19 @@ dead = share of features that fire in none of these rows
 density = how many of the others fire in which share of the rows, on a logarithmic scale
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_steer.errors import InputError
 from sae_steer.sae.architectures import SparseDictionary, on_device
 from sae_steer.world import World
 
+ALL = "all"
 BINS_A_DECADE = 4
 """Of the density: edges at the quarter steps of log10, so that dictionaries compare bin by bin."""
 
@@ -78,30 +79,29 @@ class SAEMetrics:
 
 
 class _Sums:
-    """The running sums; deviations are from the first batch's mean, so that a large mean cancels nothing."""
+    """The running sums of a group of rows; deviations are from its first rows' mean, so that a large mean cancels
+    nothing.
+    """
 
-    def __init__(self, sae: SparseDictionary, world: World) -> None:
-        self.sae, self.world = on_device(sae, world.device), world
+    def __init__(self, sae: SparseDictionary, device: torch.device) -> None:
         self.rows = 0
         self.squared_error = self.squared = 0.0
         self.origin: Tensor | None = None
-        self.total = torch.zeros(sae.config.d_in, dtype=torch.float64, device=world.device)
-        self.firings = torch.zeros(sae.config.d_sae, dtype=torch.long, device=world.device)
+        self.total = torch.zeros(sae.config.d_in, dtype=torch.float64, device=device)
+        self.firings = torch.zeros(sae.config.d_sae, dtype=torch.long, device=device)
 
-    def update(self, batch: Float[Tensor, "row d_in"]) -> None:
-        """Add a batch of rows."""
-        batch = batch.to(self.world.device, getattr(torch, self.sae.config.dtype))
-        with self.world.compute():
-            codes = self.sae.encode(batch)
-        exact = batch.double()
+    def update(
+        self, exact: Float[Tensor, "row d_in"], error: Float[Tensor, " row"], firings: Int[Tensor, " d_sae"]
+    ) -> None:
+        """Add rows, what is left of each, and how many of them each feature fires in."""
         if self.origin is None:
             self.origin = exact.mean(0)
         deviation = exact - self.origin
-        self.rows += len(batch)
-        self.squared_error += float((exact - self.sae.decode(codes)).square().sum())
+        self.rows += len(exact)
+        self.squared_error += float(error.sum())
         self.squared += float(deviation.square().sum())
         self.total += deviation.sum(0)
-        self.firings += codes.firings
+        self.firings += firings
 
     def metrics(self) -> SAEMetrics:
         """What is known once all rows are in."""
@@ -118,8 +118,38 @@ class _Sums:
 @torch.no_grad()
 def evaluate(sae: SparseDictionary, rows: Iterable[Tensor], world: World) -> SAEMetrics:
     """The dictionary's figures on batches of held-out rows, however they are cut."""
-    sums = _Sums(sae, world)
+    return evaluate_groups(sae, rows, {ALL: None}, world)[ALL]
+
+
+@torch.no_grad()
+def evaluate_groups(
+    sae: SparseDictionary,
+    rows: Iterable[Tensor],
+    groups: Mapping[str, Bool[np.ndarray, " row"] | None],
+    world: World,
+) -> dict[str, SAEMetrics]:
+    """The dictionary's figures on each of some groups of the rows, from one reading.
+
+    Args:
+        groups: which of all rows, in their order, are of the group; None for all. Groups may overlap.
+    """
+    sae, start = on_device(sae, world.device), 0
+    sums = {name: _Sums(sae, world.device) for name in groups}
+    members = {name: None if group is None else torch.from_numpy(group) for name, group in groups.items()}
     for batch in rows:
-        if len(batch):
-            sums.update(batch)
-    return sums.metrics()
+        if not len(batch):
+            continue
+        batch = batch.to(world.device, getattr(torch, sae.config.dtype))
+        with world.compute():
+            codes = sae.encode(batch)
+        exact = batch.double()
+        error = (exact - sae.decode(codes)).square().sum(1)
+        for name, group in members.items():
+            if group is None:
+                sums[name].update(exact, error, codes.firings)
+                continue
+            mine = group[start : start + len(batch)].to(world.device)
+            if mine.any():
+                sums[name].update(exact[mine], error[mine], codes.firings_in(mine))
+        start += len(batch)
+    return {name: group.metrics() for name, group in sums.items()}

@@ -1,7 +1,8 @@
 """Learning dictionaries (Gao et al. 2024, 2406.04093), one or many over one reading, resumable bit for bit.
 
 1. The data's mean is taken from the rows, and they are divided by one number, so that their mean square is d_in;
-   at the end both are folded into the weights, and the dictionary reads raw rows.
+   at the end both are folded into the weights, and the dictionary reads raw rows. Rows far longer than the others
+   (`row_filter`), where they are kept, decide neither number and are read at the usual length.
 2. Every dictionary takes a step (`learner`) on the batch of that step, which is read and standardised once for all
    that learn from the same rows. Alone or beside others, a dictionary ends with the same bytes.
 3. The learning rate rises linearly, stays, and falls linearly to zero.
@@ -18,10 +19,12 @@ from itertools import count
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sae_steer.errors import InputError, NotFiniteError
+from sae_steer.row_filter import LONG
 from sae_steer.sae.architectures import ARCHITECTURES, SparseDictionary
 from sae_steer.sae.checkpoint import TrainingState, interrupts_held, last_good
 from sae_steer.sae.learner import new_learner, step
@@ -36,6 +39,10 @@ LOG_EVERY = 10
 FORMAT = 2
 """Of checkpoints; one of another is of other code, and not gone on from."""
 _EXPLODED = 1e4
+DECIDED = 2.0
+"""From this many times the typical rows' mean square on, a source's own is taken to be that of a few long rows."""
+DAMAGED = 1e5
+"""Usual lengths beyond which a row is damage: the longest that models are known to make have some thousands."""
 _SHARED = ("rows", "batch_size", "order_seed", "precision", "warmup", "decay", "patience", "checkpoint_every")
 
 
@@ -46,8 +53,9 @@ class RowSource(Protocol):
     d_in: int
     n_rows: int
     mean: Float[Tensor, " d_in"]
+    """Of the rows that are not far longer than the others."""
     mean_square: float
-    """E||x - mean||^2."""
+    """E||x - mean||^2 of those."""
     fingerprint: str
     """Changes whenever a batch would."""
 
@@ -91,8 +99,9 @@ class Training:
         self.jobs, self.world, self.shared = jobs, world, jobs[0].settings
         self.steps = self.shared.rows // self.shared.batch_size
         self.sources = list({id(job.rows): job.rows for job in jobs}.values())
-        self.scales = [_scale(rows) for rows in self.sources]
-        self.means = [rows.mean.to(world.device) for rows in self.sources]
+        moments = [typical_moments(rows, self.batch(number, 0)) for number, rows in enumerate(self.sources)]
+        self.scales = [_scale(rows.d_in, square) for rows, (_, square) in zip(self.sources, moments, strict=True)]
+        self.means = [mean.to(world.device) for mean, _ in moments]
         self._source_of = [next(i for i, rows in enumerate(self.sources) if rows is job.rows) for job in jobs]
         first = [self._standard(number, self.batch(number, 0)) for number in range(len(self.sources))]
         learners = [
@@ -121,7 +130,8 @@ class Training:
                 yield now
 
     def _standard(self, source: int, batch: Tensor) -> Float[Tensor, "row d_in"]:
-        return (batch.to(self.world.device, non_blocking=True) - self.means[source]).mul_(1 / self.scales[source])
+        rows = (batch.to(self.world.device, non_blocking=True) - self.means[source]).mul_(1 / self.scales[source])
+        return shorten_(rows, math.sqrt(rows.shape[1]))
 
     def step(self, batches: Sequence[Float[Tensor, "row d_in"]]) -> list[Float[Tensor, ""]]:
         """One step of every dictionary on raw rows, a batch a source; returns what each leaves unexplained."""
@@ -246,11 +256,43 @@ def _check(jobs: Sequence[Job], world: World) -> None:
         raise InputError(f"a batch of {shared.batch_size} rows cannot be shared evenly by {world.size} processes")
 
 
-def _scale(rows: RowSource) -> float:
+def typical_moments(rows: RowSource, first: Float[Tensor, "row d_in"]) -> tuple[Float[Tensor, " d_in"], float]:
+    """The mean and E||x - mean||^2 by which rows are standardised.
+
+    They are the source's own, unless a few long rows make them: then those of the typical rows of the first batch.
+    """
+    typical = typical_rows(first).double()
+    if len(typical) < len(first) // 2:  # rows that are not finite, which a loss will tell
+        return rows.mean, rows.mean_square
+    mean = typical.mean(0)
+    square = float((typical - mean).square().sum(1).mean())
+    if square > 0 and rows.mean_square > DECIDED * square:
+        return mean.float(), square
+    return rows.mean, rows.mean_square
+
+
+def typical_rows(rows: Float[Tensor, "row d_in"]) -> Float[Tensor, "typical d_in"]:
+    """The rows that are not far longer than the others."""
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    return rows[norms <= LONG * norms.median()]
+
+
+def shorten_(rows: Float[Tensor, "row d_in"], usual: float) -> Float[Tensor, "row d_in"]:
+    """The rows, those beyond `LONG` times the `usual` length brought to it, so that none outweighs a batch.
+
+    A TopK code grows with its row, so that what explains a row at one length explains it at another. A row beyond
+    `DAMAGED` lengths is of no model and stays as it is: the loss will tell.
+    """
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    long = (lengths > LONG * usual) & (lengths < DAMAGED * usual)
+    return rows.mul_(torch.where(long, usual / lengths, 1.0))
+
+
+def _scale(d_in: int, mean_square: float) -> float:
     """What rows are divided by, so that E||x - mean||^2 = d_in."""
-    if not (math.isfinite(rows.mean_square) and rows.mean_square > 0):
+    if not (math.isfinite(mean_square) and mean_square > 0):
         raise NotFiniteError(
-            f"the rows' mean squared distance from their mean is {rows.mean_square}; "
+            f"the rows' mean squared distance from their mean is {mean_square}; "
             f"a dictionary needs rows that are finite and differ: rebuild the cache"
         )
-    return math.sqrt(rows.mean_square / rows.d_in)
+    return math.sqrt(mean_square / d_in)

@@ -204,6 +204,8 @@ def basis_gate(arm: Arm) -> Gate:
     check = arm.bridge.check
     identity = "none, the widths differ" if check.identity_r2 is None else f"{check.identity_r2:.3f}"
     said = f"held-out R2: identity {identity}, affine {check.affine_r2:.3f}; {arm.flavour} is primary"
+    if check.on_all and check.on_all.n_test > check.n_test:
+        said += f"; over all rows, left out or not, affine {check.on_all.affine_r2:.3f}"
     assert arm.flavour in (RAW, TRANSPORTED)
     if arm.bridge.r2 < 0:
         return Gate("5", "basis", False, f"{said}, and it is negative: the two streams share no basis it could mean")

@@ -26,6 +26,7 @@ from sae_steer.model.readout import Measure, TargetMass
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import Text
 from sae_steer.progress import Progress, silent
+from sae_steer.row_filter import RowFilter
 from sae_steer.sae.architectures import SparseDictionary, on_device
 from sae_steer.settings import InterveneSettings
 from sae_steer.study import of_pair as study
@@ -132,6 +133,7 @@ def intervene_in_memory(
         fit=[text for text in texts if text.split == "fit"],
         tune=[text for text in texts if text.split == "tune"],
         dictionary=sae,
+        row_filter=RowFilter(frozenset(models.special_tokens if isinstance(models, ModelPair) else ())),
     )
     confirm = [text for text in texts if text.split == "confirm"][: settings.prompts]
     direction, known, reason = _direction(bench, subject, sae, feature, confirm)
@@ -191,7 +193,7 @@ def _direction(bench: Bench, subject: Any, sae: SparseDictionary | None, feature
     if feature is None:
         raise InputError("a dictionary has many directions; name one with feature=")
     adopted = adopt_dictionary(sae, model=bench.target, layer=bench.layer)
-    direction = feature_direction(sae, feature, bench.tune_rows, bench.tuned.is_onset)
+    direction = feature_direction(sae, feature, *bench.sizing_rows)
     known, _, reason = dictionary_gate(bench, adopted, direction, confirm, feature)
     return direction, known, reason
 

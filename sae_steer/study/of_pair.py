@@ -9,7 +9,7 @@ A feature that hardly fires is not tested: its verdict is INVALID, with the coun
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +110,7 @@ def study_provenance(
     inputs = {
         "pair": pair.sha256,
         "cache": cache.sha256,
+        "rows": cache.row_filter.identity,
         "dictionary": dictionary.sha256,
         "direction": _identity(source),
         "specific_features": "by the tune texts" if leave_out is None else sha256(repr(sorted(leave_out)).encode()),
@@ -196,12 +197,19 @@ def intervene(
         variant["trace"] = {"blocks": trace(*given, reads), "direct": direct_effect(*given, bench.measure, settings)}
     group, trials = None, evidence.trials
     if feature is not None:
-        like = features_like(found, bench.tune_rows, bench.tuned.is_onset)
+        like = features_like(found, *bench.sizing_rows)
         given = bench.target.model, bench.layer, found, like
         group, more = read_group(*given, Onsets.of(texts, settings), bench.measure, settings)
         trials = {name: np.concatenate([column, more[name]]) for name, column in trials.items()}
     on_step(stages, stages, "measured")
-    measured = {"tested": True, "reason": None, "firings": firings, "basis": _basis(bench), "group": group}
+    measured = {
+        "tested": True,
+        "reason": None,
+        "firings": firings,
+        "basis": _basis(bench),
+        "rows_left_out": bench.tuned.selection.left_out.record(),
+        "group": group,
+    }
     return Study({**record, **measured, **evidence.record}, trials, evidence.controls)
 
 
@@ -209,7 +217,7 @@ def find_direction(bench: Bench, dictionary: Dictionary, source: Source) -> Dire
     """The direction a source names, with its size; None for a feature that is silent on the tune texts."""
     d_model = bench.target.model.shape.d_model
     if isinstance(source, int):
-        return directions.feature_direction(dictionary.sae, source, bench.tune_rows, bench.tuned.is_onset)
+        return directions.feature_direction(dictionary.sae, source, *bench.sizing_rows)
     if source == "mean-difference":
         return bench.mean_difference
     if source == "unembedding":
@@ -243,6 +251,7 @@ def bench_of(
         fit=cache.own_texts("train", own)[:FIT_TEXTS],
         tune=cache.own_texts("tune", own),
         dictionary=dictionary.sae,
+        row_filter=cache.row_filter,
     )
 
 
@@ -261,7 +270,7 @@ def dictionary_gate(bench: Bench, dictionary: Dictionary, found: Direction | Non
         other = count_firings(bench.reference.model, bench.layer, found, onsets, settings)
         firings["reference_onsets"] = other["onsets"]
     size = found.s or None
-    median = float(bench.tune_rows.norm(dim=1).median())
+    median = float(bench.sizing_rows[0].norm(dim=1).median())
     firings |= {"s": size, "s_from": found.s_from, "s_share_of_resid_norm": size and size / median}
     reason = why_untested(firings, name)
     if size is None:
@@ -269,7 +278,10 @@ def dictionary_gate(bench: Bench, dictionary: Dictionary, found: Direction | Non
     if reason:
         return [], firings, reason
     draws = {"draws": settings.bootstrap_draws, "seed": settings.seed}
-    spliced = ce_recovered(bench.target.model, dictionary.sae, bench.tune, bench.layer, only_onsets=True, **draws)
+    spliced = ce_recovered(
+        bench.target.model, dictionary.sae, bench.tune, bench.layer,
+        only_onsets=True, row_filter=bench.row_filter, **draws,
+    )  # fmt: skip
     return [gates.dictionary_gate(spliced, firings)], {**firings, "ce_recovered": spliced.record()}, None
 
 
@@ -279,17 +291,8 @@ def _basis(bench: Bench) -> dict:
         f"resid_post {layer}": bench.bridge(bench.layer, layer).check for layer in sorted(bench.layers, reverse=True)
     }
     models = bench.target.model, bench.reference.model
-    checks["embeddings"] = embedding_check(*models, seed=bench.settings.seed)
-    return {
-        place: {
-            "identity_r2": check.identity_r2,
-            "procrustes_r2": check.procrustes_r2,
-            "affine_r2": check.affine_r2,
-            "n_fit": check.n_fit,
-            "n_test": check.n_test,
-        }
-        for place, check in checks.items()
-    }
+    checks["embeddings"] = embedding_check(*models, seed=bench.settings.seed, row_filter=bench.row_filter)
+    return {place: asdict(check) for place, check in checks.items()}
 
 
 def check_inputs(pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, settings: InterveneSettings) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from sae_steer.row_filter import LeftOut
 from sae_steer.settings import MODES
 
 
@@ -14,6 +15,7 @@ def table(record: Mapping) -> str:
     lines = [
         f"verdict: {record['verdict']}{quick}; {record['verdicts']}",
         *_firings(record),
+        *_left_out(record.get("rows_left_out")),
         f"target tokens begin {record['target_tokens']['coverage']:.1%} of the target steps; the models differ by "
         f"{_points(gap['single'])} points at {gap['single']['n']} onsets of {gap['single']['tasks']} tasks; bound "
         f"{100 * record['bound']['value']:.2f} points",
@@ -41,6 +43,12 @@ def _firings(record: Mapping) -> list[str]:
         f"takes {firings['s']:.3g}, {firings['s_share_of_resid_norm']:.1%} of the median residual norm "
         f"({firings['s_from']})"
     ]
+
+
+def _left_out(counted: Mapping | None) -> list[str]:
+    """The rows that maps, sizes and covariances were not read from."""
+    told = counted and LeftOut(**counted).sentence("tune texts")
+    return [told] if told else []
 
 
 def _variant(record: Mapping, variant: Mapping) -> str:

@@ -97,10 +97,19 @@ def test_rows_are_read_at_their_place_in_the_file_as_h5py_reads_them(whole):
                 assert part.dtype == np.float16
 
 
-def test_the_moments_are_numpys(whole):
+def special(folder) -> list[int]:
+    """The ids of the embedded tokenizer's special tokens that open no step."""
+    names = ActivationCache.open(folder).manifest["special_tokens"]
+    assert len(names) == 3
+    return names
+
+
+def test_the_moments_are_numpys_over_the_rows_that_count(whole):
     rows = ActivationCache.open(whole).rows("adhd", 2, "train")
-    every = np.concatenate([np.asarray(part).astype(np.float64) for part in rows.maps])
-    assert rows.n_rows == len(every)
+    token = ActivationCache.open(whole).labels("train")["token"]
+    ours = ~np.isin(token, special(whole))
+    every = np.concatenate([np.asarray(part).astype(np.float64) for part in rows.maps])[ours]
+    assert rows.n_rows == len(every) < len(token)
     np.testing.assert_allclose(rows.mean.numpy(), every.mean(0), rtol=1e-6, atol=1e-6)
     assert rows.mean_square == pytest.approx(((every - every.mean(0)) ** 2).sum(1).mean(), rel=1e-9)
 
@@ -108,7 +117,7 @@ def test_the_moments_are_numpys(whole):
 def test_rows_are_taken_by_number_across_shards(whole):
     rows = ActivationCache.open(whole).rows("adhd", 2, "train")
     every = torch.cat(list(rows.in_order(size=100)))
-    chosen = np.array([0, 5, 599, 600, 601, rows.n_rows - 1])
+    chosen = np.array([0, 5, 599, 600, 601, len(every) - 1])
     assert torch.equal(rows.take(chosen), every[chosen])
 
 
@@ -129,7 +138,7 @@ def test_a_batch_is_a_pure_function_of_its_step_and_seed(whole):
 
 
 def test_an_epoch_reads_every_whole_block_once_and_the_next_one_in_another_order(whole):
-    rows = ActivationCache.open(whole).rows("standard", 0, "train")
+    rows = ActivationCache.open(whole, keep_special_tokens=True).rows("standard", 0, "train")
     blocks = sum(len(part) // 16 for part in rows.maps)
     expected = sorted(
         part[start : start + 16].astype(np.float32).tobytes()
@@ -144,7 +153,7 @@ def test_an_epoch_reads_every_whole_block_once_and_the_next_one_in_another_order
 
 
 def test_larger_batches_are_made_of_the_same_blocks_at_most_once_an_epoch(whole):
-    rows = ActivationCache.open(whole).rows("standard", 0, "train")
+    rows = ActivationCache.open(whole, keep_special_tokens=True).rows("standard", 0, "train")
     per_epoch = sum(len(part) // 16 for part in rows.maps) // 10
     drawn = [block for step in range(per_epoch) for block in rows.batch(step, 160, 3).split(16)]
     assert len({block.numpy().tobytes() for block in drawn}) == len(drawn) == 10 * per_epoch
@@ -200,5 +209,5 @@ def test_few_files_stay_open(whole, monkeypatch):
     rows = ActivationCache.open(whole).rows("adhd", 2, "train")
     assert len(rows.maps) > 2
     every = torch.cat(list(rows.in_order(size=100)))
-    assert torch.equal(rows.take(np.arange(rows.n_rows)), every)
+    assert torch.equal(rows.take(np.arange(len(every))), every)
     assert len(files._files) == 2

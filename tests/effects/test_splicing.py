@@ -5,11 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from long_rows import TASK, with_long_rows
+from tiny_pair import SHAPE, lively
 from torch import nn
 
 from sae_steer.effects.splicing import ce_recovered, find_or_splice
 from sae_steer.errors import InputError
 from sae_steer.records import read_json
+from sae_steer.row_filter import RowFilter
 
 LAYER, DRAWS = 2, 200
 
@@ -139,3 +142,23 @@ def test_the_loss_at_the_end_of_a_text_is_expected_over_the_clean_prediction(pai
     assert found.n == found.ends == len(texts)
     assert (found.clean, found.spliced, found.mean_ablated) == pytest.approx((clean, spliced, ablated), abs=1e-4)
     assert found.recovered == pytest.approx((ablated - spliced) / (ablated - clean), abs=1e-3)
+
+
+@pytest.mark.parametrize(("row_filter", "special"), [(RowFilter(), 0), (RowFilter(frozenset({TASK, 1027})), 2)])
+def test_a_long_first_row_is_neither_replaced_nor_the_mean(texts, row_filter, special) -> None:
+    model = with_long_rows(lively(SHAPE, 1), [TASK])
+    found = ce_recovered(model, nn.Identity(), texts, 1, only_onsets=False, row_filter=row_filter, draws=DRAWS)
+    every = sum(len(text) - 1 for text in texts)
+    assert found.n == every - len(texts)
+    assert found.left_out.long == (0 if special else len(texts))
+    assert found.left_out.special_tokens == special * len(texts)
+    kept = ce_recovered(model, nn.Identity(), texts, 1, only_onsets=False, row_filter=RowFilter(keep=True), draws=DRAWS)
+    assert kept.n == every
+    rows = []
+    for text in texts:
+        tokens = torch.from_numpy(text.token.astype(np.int64))[None]
+        rows.append(model.resid_posts(tokens, (1,))[1][0, 1:-1])
+    constant = ce_recovered(
+        model, MeanOf(torch.cat(rows)), texts, 1, only_onsets=False, row_filter=row_filter, draws=DRAWS
+    )
+    assert constant.spliced == pytest.approx(constant.mean_ablated, abs=1e-4)

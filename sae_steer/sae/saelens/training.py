@@ -2,8 +2,8 @@
 
 1. SAELens's training dictionary and SAETrainer, with its own losses, coefficients and schedules; its rows are our
    batches, each a pure function of the step.
-2. Rows are scaled as SAELens advises (`expected_average_only_in`) and the scale is folded into the weights;
-   b_dec starts at the rows' mean.
+2. Rows are scaled as SAELens advises (`expected_average_only_in`: mean norm sqrt(d_in), which here leaves rows far
+   longer than the others aside) and the scale is folded into the weights; b_dec starts at the rows' mean.
 3. A checkpoint is one safetensors file of everything a step reads; the same run goes on from it bit for bit.
 4. What comes back is the inference dictionary SAELens would save (`batchtopk` becomes `jumprelu`).
 """
@@ -24,7 +24,7 @@ from sae_steer.sae.checkpoint import interrupts_held, last_good
 from sae_steer.sae.log import Log, Quiet, StepFacts
 from sae_steer.sae.saelens.adapter import SAELensDictionary, sae_lens
 from sae_steer.sae.saelens.reading import for_inference
-from sae_steer.sae.training import RowSource
+from sae_steer.sae.training import RowSource, shorten_, typical_moments, typical_rows
 from sae_steer.settings import SAESettings
 from sae_steer.world import World
 
@@ -94,7 +94,8 @@ def train_saelens(
             step = trainer.n_training_steps
             trainer.maybe_reset_sparsity()
             lr = trainer.optimizer.param_groups[0]["lr"]
-            output = trainer.step(rows.batch(step, settings.batch_size, settings.seed).to(world.device))
+            batch = rows.batch(step, settings.batch_size, settings.seed).to(world.device)
+            output = trainer.step(shorten_(batch, usual=rows.d_in**0.5 / trainer.activation_scaler.scaling_factor))
             trainer.n_training_steps = step = step + 1
             if step % LOG_EVERY == 0 or step == steps:
                 log.step(_facts(trainer, output, rows, steps, lr, checkpoint))
@@ -135,12 +136,13 @@ def _trainer(rows: RowSource, settings: SAESettings, architecture: str, options:
         sae=sae.to(world.device),
         data_provider=iter(()),
     )  # fmt: skip
-    first = (rows.batch(step, settings.batch_size, settings.seed) for step in range(SCALE_BATCHES))
+    first = (typical_rows(rows.batch(step, settings.batch_size, settings.seed)) for step in range(SCALE_BATCHES))
     trainer.activation_scaler.estimate_scaling_factor(
         d_in=rows.d_in, data_provider=first, n_batches_for_norm_estimate=SCALE_BATCHES
     )
     # sae_lens starts b_dec at zero, and rows far off centre then cost thousands of steps to find their mean
-    sae.b_dec.data.copy_(rows.mean * trainer.activation_scaler.scaling_factor)
+    mean, _ = typical_moments(rows, rows.batch(0, settings.batch_size, settings.seed))
+    sae.b_dec.data.copy_(mean * trainer.activation_scaler.scaling_factor)
     return trainer
 
 
