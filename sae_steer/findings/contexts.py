@@ -207,7 +207,7 @@ def _firings(
         wanted = (mine >= 0) & (values > 0)
         kept.append((values[wanted], codes.rows.numpy()[wanted] + start, mine[wanted]))
         start += len(resid)
-        on_rows(number * stream.n_rows + start, 2 * stream.n_rows, f"rows of {model}")
+        on_rows(number * len(stream.counts) + start, 2 * len(stream.counts), f"rows of {model}")
     values, rows, columns = (np.concatenate(part) for part in zip(*kept, strict=True))
     return csc_array((values, (rows, columns)), shape=(start, len(features)))
 
