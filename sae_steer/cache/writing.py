@@ -65,7 +65,8 @@ def cache_activations(
     layers = tuple(sorted(set(layers)))
     _check(pair, layers, settings)
     if settings.rows_per_shard is None:
-        settings = replace(settings, rows_per_shard=_rows_begun(out) or rows_that_fit(_width(pair) * len(layers)))
+        begun = None if force else _rows_begun(out)
+        settings = replace(settings, rows_per_shard=begun or rows_that_fit(_width(pair) * len(layers)))
     if world:
         for model in pair.models:
             model.model.to(world.device)
