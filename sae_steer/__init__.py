@@ -9,11 +9,15 @@
     study = ss.intervene(pair, sae, feature=scan.top(1)[0], cache=cache)
     print(study.table())
 
-Names are imported on first use, so that `import sae_steer` costs nothing.
+Names are imported on first use, so that `import sae_steer` costs nothing. Functions are handed out with their arguments
+checked (`arguments.checked`): what does not fit its annotation is refused in one line before anything runs.
 """
 
 from importlib import import_module
+from inspect import isfunction
 from typing import Any
+
+from sae_steer.arguments import checked, nearest
 
 _HOME = {
     "ActivationCache": "cache",
@@ -67,8 +71,9 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'sae_steer' has no attribute {name!r}")
-    return getattr(import_module(f"sae_steer.{_HOME[name]}"), name)
+        raise AttributeError(f"module 'sae_steer' has no attribute {name!r}{nearest(name, __all__)}")
+    value = getattr(import_module(f"sae_steer.{_HOME[name]}"), name)
+    return checked(value) if isfunction(value) else value
 
 
 def __dir__() -> list[str]:

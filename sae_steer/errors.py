@@ -23,3 +23,8 @@ class NotFiniteError(SteerError):
 
 class NotDeliveredError(SteerError):
     """An edit that never reached the activations: an error, not a null result."""
+
+
+def visible(text: str) -> str:
+    """A text as a terminal may show it: what would move the cursor or change colours is spelled out."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

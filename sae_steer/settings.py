@@ -1,6 +1,9 @@
 """Every knob on one page: small frozen dataclasses, free of torch. The command line's defaults are theirs."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from sae_steer.arguments import AtLeastZero, Checked, Count, Positive, PositiveShare, Range, Seed, Share, Some
 
 SPLITS = ("train", "scan", "tune", "confirm")
 """What each text is for: training dictionaries, choosing a feature, setting its scale, testing it.
@@ -10,6 +13,8 @@ AUTO = "auto"
 PRECISIONS = ("float32", "bfloat16")
 """Types of matrix products; `auto` takes bfloat16 where the device multiplies it natively (`capability`), or what was
 begun."""
+
+LearningRate = Annotated[float, Range(0, 10, above=True)]
 
 DEFAULT_PAIR = "small"
 DEFAULT_LAYER = 2
@@ -55,47 +60,47 @@ PRESETS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairTrainingSettings:
+class PairTrainingSettings(Checked):
     """How `train-pair` makes two models that differ in training text alone."""
 
     preset: str = "small"
-    init: str = "shared"
+    init: Literal["shared", "separate"] = "shared"
     """`shared`: both continue one model trained on an equal mix for the first third; `separate`: two seeds."""
     twin: bool = False
     """Whether to train a twin of the target too: the same text in another order and, with `separate`, another start."""
-    tokens: int = 6_000_000
+    tokens: Count = 6_000_000
     """Tokens each model is trained on, its share of a common start included."""
-    tokens_per_batch: int = 4096
-    lr: float = 3e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.02
+    tokens_per_batch: Count = 4096
+    lr: LearningRate = 3e-3
+    weight_decay: Share = 0.05
+    warmup: Share = 0.02
     """Share of the steps in which the learning rate rises linearly; it then falls on a cosine to a tenth."""
-    checkpoint_every: int = 200
+    checkpoint_every: Count = 200
     """Steps between checkpoints: what a kill can cost."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusSettings:
+class CorpusSettings(Checked):
     """How many plans of the generated corpus each split reads; every plan is read in both renderings."""
 
-    train_plans: int = 4_000
-    scan_plans: int = 1_000
-    tune_plans: int = 300
-    confirm_plans: int = 600
-    seed: int = 0
+    train_plans: Some = 4_000
+    scan_plans: Some = 1_000
+    tune_plans: Some = 300
+    confirm_plans: Some = 600
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheSettings:
+class CacheSettings(Checked):
     """How residual streams are computed and stored."""
 
     dtype: str = "float16"
     """Type stored: `float16`, `bfloat16`, `float32`, or `auto`: float16 if a sample leaves room in it, or bfloat16."""
-    rows_per_shard: int | None = None
+    rows_per_shard: Count = None
     """Rows a shard holds at most; a kill costs at most one shard. By default 65,536, or as many fewer as keep a
     shard's streams, of all models and layers, under 256 MiB in float32: caching takes four times that, or so."""
-    tokens_per_batch: int = 768
+    tokens_per_batch: Count = 768
     """Padding counted; on a CPU a batch runs on one core, and the activations of a larger one leave its cache. A GPU
     takes 32 times as many."""
     precision: str = AUTO
@@ -103,51 +108,51 @@ class CacheSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SAESettings:
+class SAESettings(Checked):
     """How a dictionary is learned (Gao et al. 2024, 2406.04093)."""
 
     architecture: str = "topk"
     """`topk`, `batchtopk`, `matryoshka`, `jumprelu`; the last three are stored as jumprelu."""
-    d_sae: int = 4096
-    k: int = 40
+    d_sae: Count = 4096
+    k: Count = 40
     """Active features a row: exactly with TopK, on average with the others."""
-    rows: int = 2_000_000
+    rows: Count = 2_000_000
     """Rows read in all; the cache's training split is read as often as that takes."""
-    batch_size: int = 2048
+    batch_size: Count = 2048
     """Rows a step, of all processes together."""
-    lr: float | None = None
+    lr: LearningRate | None = None
     """Peak learning rate; by default 2e-3 at 4,096 features, and falling with the root of their number."""
-    warmup: float = 0.03
+    warmup: Share = 0.03
     """Share of the steps in which the learning rate rises linearly."""
-    decay: float = 0.25
+    decay: Share = 0.25
     """Share of the steps, the last ones, in which it falls linearly to zero."""
-    k_warmup: float = 0.0
+    k_warmup: Share = 0.0
     """Share of the steps in which k falls linearly from four times its value."""
-    patience: int | None = None
+    patience: Count | None = None
     """Rows without a better FVE (by .001) after which the decay begins at once; by default never."""
-    aux_k: int = 64
+    aux_k: Some = 64
     """Dead features that reconstruct the residual error in the auxiliary loss."""
-    aux_coefficient: float = 1 / 32
-    dead_after_rows: int = 200_000
+    aux_coefficient: AtLeastZero = 1 / 32
+    dead_after_rows: Count = 200_000
     """A feature silent for so many rows counts as dead."""
-    raise_silent: float = 0.03
+    raise_silent: AtLeastZero = 0.03
     """Added at a step to the encoder bias of features silent for `raise_after_rows`, less as the rate decays; rows
     have mean square d_in. 0 for never."""
-    raise_after_rows: int = 10_000
+    raise_after_rows: Count = 10_000
     """A feature silent for so many rows is raised until it fires again."""
-    prefixes: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    prefixes: tuple[PositiveShare, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
     """Matryoshka: the shares of the features that must reconstruct the rows by themselves."""
-    bandwidth: float = 0.1
+    bandwidth: Positive = 0.1
     """JumpReLU: how near its threshold, on rows of mean square d_in, a code moves it."""
-    sparsity: float = 1.0
+    sparsity: AtLeastZero = 1.0
     """JumpReLU: the weight of (L0 / k - 1)^2 beside the unexplained share of variance."""
-    checkpoint_every: int = 200
+    checkpoint_every: Count = 200
     """Steps between checkpoints: what a kill can cost."""
     precision: str = AUTO
     """Type of the encoder's matrix product: `float32`, `bfloat16` or `auto`."""
-    seed: int = 0
+    seed: Seed = 0
     """Fixes the first weights; the order of the rows does not depend on it, so that seeds can share one reading."""
-    order_seed: int = 0
+    order_seed: Seed = 0
     """Fixes the order of the rows."""
 
     @property
@@ -157,20 +162,20 @@ class SAESettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanSettings:
+class ScanSettings(Checked):
     """When a feature counts as specific to the target model."""
 
-    min_rate: float = 0.01
+    min_rate: Share = 0.01
     """Least firing rate at the target model's onsets."""
-    max_q: float = 0.05
+    max_q: Share = 0.05
     """Largest Benjamini-Hochberg q over all features."""
-    min_ratio: float = 10.0
+    min_ratio: AtLeastZero = 10.0
     """Least ratio of the two models' firing rates."""
-    min_task_share: float = 0.15
+    min_task_share: Share = 0.15
     """`top`: least share of the tasks in which the feature fires at an onset, so that held-out tasks can test it."""
-    like_rate: float = 0.59
+    like_rate: Share = 0.59
     """`like-2504`: the target firing rate of the released feature 2504."""
-    like_max_reference: float = 0.005
+    like_max_reference: Share = 0.005
     """`like-2504`: the largest firing rate in the reference model."""
 
 
@@ -185,46 +190,46 @@ CONTROLS = {"quick": 49, "full": 199, "final": 999}
 
 
 @dataclass(frozen=True, kw_only=True)
-class InterveneSettings:
+class InterveneSettings(Checked):
     """What `intervene` does, against which bound, and with how much data."""
 
-    doses: tuple[float, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+    doses: tuple[AtLeastZero, ...] = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
     """Multiples of s, the feature's median active contribution."""
-    primary_dose: float = 1.0
+    primary_dose: Positive = 1.0
     """The dose that is tested; the others are shown."""
-    upstream: int = 1
+    upstream: Count = 1
     """Layers below the direction's at which the upstream variant injects."""
-    positions: str = "onsets"
+    positions: Literal["onsets", "all", "onward"] = "onsets"
     """Where joint edits stand: `onsets`, `all` positions, or `onward` from the first onset."""
-    prompts: int = 300
+    prompts: Count = 300
     """Confirm-split texts at most."""
-    onsets_per_prompt: int = 4
+    onsets_per_prompt: Count = 4
     """Onsets drawn from each text for the edits made one at a time."""
-    min_firings: int = 50
-    min_tasks: int = 30
+    min_firings: Some = 50
+    min_tasks: Some = 30
     """A feature that fires at fewer onsets, or onsets of fewer tasks, is not tested."""
-    bound_share: float = 0.05
+    bound_share: PositiveShare = 0.05
     """The bound, as a share of the gap between the models at the same onsets."""
-    bound_cap: float = 0.012
+    bound_cap: Positive = 0.012
     """The largest bound, as a probability; of another measure this default caps none."""
-    bootstrap_draws: int = 10_000
-    controls: int = CONTROLS["full"]
+    bootstrap_draws: Count = 10_000
+    controls: Count = CONTROLS["full"]
     """Directions in each control family at the primary dose."""
-    ribbon: int = 8
+    ribbon: Some = 8
     """Of them, how many are read at the other doses, and jointly."""
-    calibration: int = 40
+    calibration: Some = 40
     """Fresh directions treated as if each were the one studied."""
-    joint_control_prompts: int = 30
+    joint_control_prompts: Count = 30
     """Texts on which joint edits are compared with control directions."""
-    generations: int = 80
+    generations: Some = 80
     """Sampled texts an arm, one a prompt."""
-    baseline_seeds: int = 16
+    baseline_seeds: Count = 16
     """Baseline samples of every prompt, from which the A/A null is drawn."""
-    paired_seeds: int = 2
+    paired_seeds: Count = 2
     """Steered samples of every prompt, which share their noise with as many of the baseline."""
-    null_draws: int = 1_000
-    temperature: float = 1.0
-    seed: int = 0
+    null_draws: Count = 1_000
+    temperature: Positive = 1.0
+    seed: Seed = 0
 
     @property
     def quick(self) -> bool:
@@ -233,86 +238,86 @@ class InterveneSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AtlasSettings:
+class AtlasSettings(Checked):
     """How `intervene --all-specific` reads many features at once; what it shares with one study has the same name."""
 
-    upstream: int = InterveneSettings.upstream
-    prompts: int = InterveneSettings.prompts
-    onsets_per_prompt: int = InterveneSettings.onsets_per_prompt
-    bound_share: float = InterveneSettings.bound_share
-    bound_cap: float = InterveneSettings.bound_cap
-    bootstrap_draws: int = InterveneSettings.bootstrap_draws
-    min_firings: int = 10
+    upstream: Count = InterveneSettings.upstream
+    prompts: Count = InterveneSettings.prompts
+    onsets_per_prompt: Count = InterveneSettings.onsets_per_prompt
+    bound_share: PositiveShare = InterveneSettings.bound_share
+    bound_cap: Positive = InterveneSettings.bound_cap
+    bootstrap_draws: Count = InterveneSettings.bootstrap_draws
+    min_firings: Some = 10
     """A feature that fires at fewer of the onsets edited is not tested by ablation."""
-    null_draws: int = 9_999
+    null_draws: Count = 9_999
     """Control directions that each test is ranked among, at least."""
-    null_onsets: int = 64
+    null_onsets: Count = 64
     """Onsets at which they are read, of as many tasks as there are."""
-    ablation_onsets: int = 5
+    ablation_onsets: Count = 5
     """Onsets more are read until every feature fires at so many, for the ranks of its ablation."""
-    norms: int = 2
+    norms: Count = 2
     """Lengths at which each control direction is read; between them its effect is interpolated."""
-    max_q: float = 0.05
+    max_q: Share = 0.05
     """Largest Benjamini-Hochberg q over all features and variants."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayersSettings:
+class LayersSettings(Checked):
     """How much text the layer curves read."""
 
-    prompts: int = 300
+    prompts: Count = 300
     """Confirm-split texts a rendering at most."""
-    bootstrap_draws: int = 10_000
-    seed: int = 0
+    bootstrap_draws: Count = 10_000
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextSettings:
+class ContextSettings(Checked):
     """How much of what a feature fires on is shown."""
 
-    top: int = 12
+    top: Count = 12
     """Texts, each with the feature's strongest firing in it."""
-    random: int = 6
+    random: Some = 6
     """Firings drawn at random."""
-    width: int = 16
+    width: Count = 16
     """Tokens shown before a firing; half as many are shown after it."""
-    tokens: int = 8
+    tokens: Count = 8
     """Promoted and suppressed tokens."""
-    neighbours: int = 5
+    neighbours: Some = 5
     """Features with the most similar decoder rows."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelftestSettings:
+class SelftestSettings(Checked):
     """How often the verdict is put to the test, on planted pairs whose truth is known, and on how much data."""
 
-    studies: int = 60
+    studies: Count = 60
     """Of each kind of planted pair."""
-    tasks: int = 100
+    tasks: Count = 100
     """Tasks a study draws from the population, one text each: as many as a null needs."""
-    onsets: int = 6
+    onsets: Count = 6
     """Each text is the opening of a plan, up to so many onsets."""
-    onsets_per_prompt: int = 1
+    onsets_per_prompt: Count = 1
     """Of them, how many are edited one at a time."""
-    controls: int = 199
+    controls: Count = 199
     """Directions in each control family."""
-    calibration: int = 20
+    calibration: Some = 20
     """Fresh directions treated as if each were the one studied."""
-    joint_control_prompts: int = 16
+    joint_control_prompts: Count = 16
     """Texts on which joint edits are compared with control directions."""
-    prompts_per_task: int = 7
+    prompts_per_task: Count = 7
     """Of the population on which the truth is measured: 3,108 texts of 444 tasks."""
-    fresh: int = 100
+    fresh: Count = 100
     """Fresh directions of each family that a study on the level of the specificity test ranks among the controls."""
-    level_studies: int = 12
-    bootstrap_draws: int = 4_000
-    train_plans: int = 1_500
+    level_studies: Some = 12
+    bootstrap_draws: Count = 4_000
+    train_plans: Count = 1_500
     """Plans the dictionary is learned on."""
-    d_sae: int = 2_048
-    sae_rows: int = 600_000
-    fit_texts: int = 150
+    d_sae: Count = 2_048
+    sae_rows: Count = 600_000
+    fit_texts: Count = 150
     """Texts on which maps between the two streams are fitted."""
-    tune_texts: int = 200
-    seed: int = 0
+    tune_texts: Count = 200
+    seed: Seed = 0

@@ -90,7 +90,7 @@ def write_recipe_pair(folder: Path) -> Path:
         },
     )
     lines = [
-        {"text": recipe(dish, name == "tuned", rng), "task": dish, "variant": name}
+        {"text": recipe(dish, name == "tuned", rng), "task": dish, "rendering": name}
         for dish in DISHES for _ in range(2) for name in ("base", "tuned")
     ]  # fmt: skip
     (folder.parent / "recipes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -37,6 +37,8 @@ from sae_steer.world import World, in_threads, keep_freed_memory
 
 ON_GPU = 32
 """How many times the settings' batch a GPU reads at once."""
+MOST_VARIANTS = 256
+"""Renderings that the labels number, one byte each."""
 TRIED = 64
 """Texts at most on which `dtype="auto"` is decided."""
 
@@ -62,6 +64,8 @@ def cache_activations(
             to; by default this process alone, and the models stay where they are.
     """
     settings, source, out = settings or CacheSettings(), source or GeneratedTexts(), Path(out)
+    if len(source.variants) > MOST_VARIANTS:
+        raise InputError(f"the texts come in {len(source.variants)} renderings, and a cache numbers {MOST_VARIANTS}")
     layers = tuple(sorted(set(layers)))
     _check(pair, layers, settings)
     if settings.rows_per_shard is None:

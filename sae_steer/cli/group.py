@@ -4,7 +4,7 @@ import os
 
 import click
 
-from sae_steer.errors import SteerError
+from sae_steer.errors import SteerError, visible
 
 MANY_PROCESSES = ("cache", "train-sae")
 """Commands that torchrun may start several times; they use `world.joined`."""
@@ -27,7 +27,7 @@ class SteerGroup(click.Group):
         try:
             return super().invoke(ctx)
         except SteerError as error:
-            raise click.ClickException(" ".join(str(error).split())) from error
+            raise click.ClickException(visible(" ".join(str(error).split()))) from error
         except BrokenPipeError:
             raise  # click ends quietly where the reader of stdout has gone
         except OSError as error:

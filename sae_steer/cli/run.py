@@ -15,6 +15,7 @@ from sae_steer.cli.options import (
     precision_option,
     say_precision,
 )
+from sae_steer.errors import visible
 from sae_steer.settings import AUTO, CONTROLS, DEFAULT_LAYER, CacheSettings, InterveneSettings, SAESettings
 
 
@@ -95,6 +96,6 @@ def info(path) -> None:
     from sae_steer.info import describe
 
     description, whole = describe(path)
-    click.echo(description)
+    click.echo(visible(description))
     if not whole:
         sys.exit(1)

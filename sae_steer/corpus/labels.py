@@ -65,9 +65,13 @@ class OnsetRule:
                 yield position, text.text[match.end() : stops[bisect_left(stops, match.end())]].strip()
 
     def _matches(self, text: str) -> list[re.Match[str]]:
+        return [match for match in self.check_regex().finditer(text) if match.group()]
+
+    def check_regex(self) -> re.Pattern[str]:
+        """The compiled `regex`, or an `InputError`."""
         try:
-            return [match for match in re.finditer(self.regex, text) if match.group()]
-        except re.error as error:
+            return re.compile(self.regex or "")
+        except (re.error, RecursionError, OverflowError) as error:
             raise InputError(f"onset regex {self.regex!r} does not compile ({error}); correct it") from error
 
 

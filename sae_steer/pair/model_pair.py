@@ -15,6 +15,9 @@
     lenient = ["water", ...]                            # keywords of the lenient matcher
     [onset]
     tokens = ["<|steps|>", "<|sep|>"]                   # a step begins after these; or: regex = "..."
+    [twin]                                              # if there is one: the target trained anew on the same text
+    name = "adhd-twin"
+    model = "adhd-twin"
 """
 
 import re
@@ -28,8 +31,9 @@ from pathlib import Path
 
 import torch
 
+from sae_steer.arguments import Checked
 from sae_steer.corpus import OnsetRule, PlanTokenizer, TokenizedText
-from sae_steer.errors import InputError
+from sae_steer.errors import InputError, visible
 from sae_steer.files import sha256
 from sae_steer.model.hub import HUB
 from sae_steer.model.language_model import LanguageModel, fingerprint
@@ -39,9 +43,13 @@ from sae_steer.pair.pair_file import FILE, PairFile, write_pair_toml
 __all__ = ["ModelPair", "NamedModel", "load_pair", "write_pair_toml"]
 
 
+TWIN = "twin"
+ROLES = ("reference", "target", TWIN)
+
+
 def to_stderr(line: str) -> None:
     """What people should see, where a caller does not say otherwise."""
-    print(line, file=sys.stderr)
+    print(visible(line), file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,15 @@ class NamedModel:
 
 
 @dataclass(frozen=True)
-class ModelPair:
+class UnreadModel:
+    """A model that is read when it is first asked for, and what the pair calls it."""
+
+    name: str
+    read: Callable[[], NamedModel]
+
+
+@dataclass(frozen=True)
+class ModelPair(Checked):
     """Two models that read the same token ids, and the behaviour in which they differ.
 
     A pair that is not consistent in itself is an `InputError`.
@@ -101,9 +117,12 @@ class ModelPair:
     context: int
     lenient: tuple[str, ...] = ()
     provenance: dict = field(default_factory=dict)
+    third: NamedModel | UnreadModel | None = field(default=None, repr=False)
+    """What `twin` is, or is read from."""
 
     def __post_init__(self) -> None:
         _check_names(self)
+        _check_phrases(self)
         _check_onsets(self)
         for model in self.models:
             _check_tokenizer(self, model)
@@ -113,10 +132,24 @@ class ModelPair:
         """Reference, then target."""
         return self.reference, self.target
 
+    @cached_property
+    def twin(self) -> NamedModel | None:
+        """The target trained anew on the same text, which differs from it by chance alone; read when first asked for.
+
+        No result of reference and target depends on it, nor does the pair's hash.
+        """
+        twin = self.third.read() if isinstance(self.third, UnreadModel) else self.third
+        if twin is not None:
+            _check_context(self, twin)
+            _check_tokenizer(self, twin)
+            twin.model.to(self.target.model.device)
+        return twin
+
     def to(self, device: torch.device | str) -> "ModelPair":
         """Itself, both models moved to `device`."""
-        for model in self.models:
-            model.model.to(device)
+        for model in (*self.models, self.__dict__.get("twin")):
+            if model is not None:
+                model.model.to(device)
         return self
 
     @cached_property
@@ -132,12 +165,16 @@ class ModelPair:
         return tuple(sorted(self.tokenizer.control_ids - self.onsets.delimiters(self.tokenizer)))
 
     def model(self, name: str) -> NamedModel:
-        """The model of that name; `reference` and `target` are names too."""
+        """The model of that name; `reference`, `target` and `twin` are names too."""
         for role, model in (("reference", self.reference), ("target", self.target)):
             if name in (model.name, role):
                 return model
+        if self.third is not None and name in (self.third.name, TWIN):
+            assert self.twin is not None
+            return self.twin
+        names = [model.name for model in (*self.models, self.third) if model is not None]
         raise InputError(
-            f"pair '{self.name}' has no model {name!r}; it has {self.reference.name!r} and {self.target.name!r}"
+            f"pair '{self.name}' has no model {name!r}; it has {', '.join(map(repr, names[:-1]))} and {names[-1]!r}"
         )
 
     def encode(self, text: str, where: str) -> list[int]:
@@ -177,6 +214,8 @@ def load_pair(pair: str | Path, *, tell: Callable[[str], None] = to_stderr) -> M
         tell: takes the map of a model's tensor names, line by line, where the names had to be matched.
     """
     facts = PairFile.read(_find(pair) / FILE)
+    if facts.strings("onset.tokens", ()) and facts.value("onset.regex", str, ""):
+        raise InputError(f"{facts.path} has onset.tokens and onset.regex; say where steps begin by one of them")
     reference, target = (_read_model(facts, side, tell) for side in ("reference", "target"))
     return ModelPair(
         name=facts.folder.name,
@@ -188,7 +227,13 @@ def load_pair(pair: str | Path, *, tell: Callable[[str], None] = to_stderr) -> M
         lenient=facts.strings("target.lenient", ()),
         context=facts.value("context", int),
         provenance=facts.value("provenance", dict, {}),
+        third=_twin(facts, tell) if facts.has(TWIN) else None,
     )
+
+
+def _twin(facts: PairFile, tell: Callable[[str], None]) -> UnreadModel:
+    facts.value(f"{TWIN}.model", str)
+    return UnreadModel(facts.value(f"{TWIN}.name", str), lambda: _read_model(facts, TWIN, tell))
 
 
 def _read_model(facts: PairFile, side: str, tell: Callable[[str], None]) -> NamedModel:
@@ -221,25 +266,43 @@ def _find(pair: str | Path) -> Path:
 
 
 def _check_names(pair: ModelPair) -> None:
-    names = [model.name for model in pair.models]
-    if names[0] == names[1] or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
+    names = [model.name for model in (*pair.models, pair.third) if model is not None]
+    plain = all(re.fullmatch(r"[\w.-]+", name) and name.strip(".") for name in names)
+    if len(set(names)) < len(names) or not plain:
         raise InputError(
-            f"pair '{pair.name}' calls its models {names[0]!r} and {names[1]!r}; "
+            f"pair '{pair.name}' calls its models {' and '.join(map(repr, names))}; "
             "give two different names of letters, digits, '.', '_' and '-': they become folders and data sets"
         )
+    for role, name in zip(ROLES, names, strict=False):
+        if name in ROLES and name != role:
+            raise InputError(
+                f"the {role} model of pair '{pair.name}' is called {name!r}, which means the {name} model; "
+                "give it another name"
+            )
+
+
+def _check_phrases(pair: ModelPair) -> None:
+    if not pair.phrases or not all(phrase.strip() for phrase in pair.phrases):
+        what = "an empty one among its target phrases" if pair.phrases else "no target phrases"
+        raise InputError(f"pair '{pair.name}' has {what}; list in target.phrases the steps that are the behaviour")
 
 
 def _check_onsets(pair: ModelPair) -> None:
     if not pair.onsets.tokens and not pair.onsets.regex:
         raise InputError(f"pair '{pair.name}' has neither onset.tokens nor onset.regex; say where steps begin")
+    pair.onsets.check_regex()
     for token in pair.onsets.tokens:
         pair.tokenizer.token_id(token)
     for model in pair.models:
-        if not 0 < pair.context <= model.model.shape.n_ctx:
-            raise InputError(
-                f"pair '{pair.name}' has context {pair.context}, and model '{model.name}' reads 1 to "
-                f"{model.model.shape.n_ctx}"
-            )
+        _check_context(pair, model)
+
+
+def _check_context(pair: ModelPair, model: NamedModel) -> None:
+    if not 0 < pair.context <= model.model.shape.n_ctx:
+        raise InputError(
+            f"pair '{pair.name}' has context {pair.context}, and model '{model.name}' reads 1 to "
+            f"{model.model.shape.n_ctx}"
+        )
 
 
 def _check_tokenizer(pair: ModelPair, model: NamedModel) -> None:

@@ -18,6 +18,10 @@ SPLIT_SHARES = {"train": 0.60, "scan": 0.18, "tune": 0.06, "confirm": 0.16}
 """Shares of the tasks of a text file, which says nothing of its own about splits."""
 
 
+UNNAMED = "text"
+"""The one rendering of a file that names none."""
+
+
 @dataclass(frozen=True)
 class Text:
     """One text: ids and labels, one a position. `prompt` is shared by the renderings of one plan."""
@@ -94,7 +98,7 @@ class TextFile:
     def read(cls, path: Path) -> "TextFile":
         """Read the file whole; what cannot be used is an `InputError` naming the line."""
         lines = tuple(read_texts(Path(path)))
-        variants = tuple(sorted({line.variant or "text" for line in lines}))
+        variants = tuple(sorted({line.rendering or UNNAMED for line in lines}))
         return cls(Path(path), variants, lines, tuple(sorted({line.task for line in lines})))
 
     def identity(self) -> dict:
@@ -103,6 +107,7 @@ class TextFile:
 
     def texts(self, pair: ModelPair, split: str) -> Iterator[Text]:
         """The lines whose task was dealt to `split`, in the file's order."""
+        self._check_renderings(pair)
         numbers = {task: i for i, task in enumerate(self.tasks)}
         for prompt, line in enumerate(self.lines):
             if _deal(line.task) != split:
@@ -113,9 +118,24 @@ class TextFile:
                 where=f"{self.path}, line {line.line},",
                 prompt=prompt,
                 task=numbers[line.task],
-                variant=self.variants.index(line.variant or "text"),
+                variant=self.variants.index(line.rendering or UNNAMED),
                 split=split,
             )
+
+    def _check_renderings(self, pair: ModelPair) -> None:
+        """Texts that name no model of the pair, or only partly say whose they are, would count as the target's."""
+        if self.variants == (UNNAMED,):
+            return
+        names = [model.name for model in pair.models]
+        for line in self.lines:
+            if line.rendering not in names:
+                told = (
+                    f'"rendering" is {line.rendering!r}' if line.rendering else 'no "rendering", where others have one'
+                )
+                raise InputError(
+                    f"{self.path}, line {line.line}: {told}; name the model whose kind of text it is, "
+                    f"{' or '.join(map(repr, names))}"
+                )
 
 
 def _label(

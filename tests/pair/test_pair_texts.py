@@ -112,13 +112,13 @@ def test_delimiters_typed_in_a_txt_file_are_delimiters(tiny, tmp_path):
     assert not words.is_onset.any()
 
 
-def test_variants_of_a_file_are_named_and_numbered(tiny, tmp_path):
+def test_renderings_of_a_file_are_named_and_numbered(tiny, tmp_path):
     path = tmp_path / "mixed.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"words {v}", "variant": v}) for v in ("calm", "adhd", "calm")))
+    path.write_text("\n".join(json.dumps({"text": f"words {v}", "rendering": v}) for v in ("standard", "adhd") * 2))
     source = TextFile.read(path)
-    assert source.variants == ("adhd", "calm")
+    assert source.variants == ("adhd", "standard")
     texts = sorted(all_texts(source, tiny), key=lambda text: text.prompt)
-    assert [text.variant for text in texts] == [1, 0, 1]
+    assert [text.variant for text in texts] == [1, 0, 1, 0]
 
 
 def test_the_identity_of_a_file_is_its_content_and_how_it_is_read(tmp_path):
