@@ -273,8 +273,9 @@ def _check_names(pair: ModelPair) -> None:
             f"pair '{pair.name}' calls its models {' and '.join(map(repr, names))}; "
             "give two different names of letters, digits, '.', '_' and '-': they become folders and data sets"
         )
-    for role, name in zip(ROLES, names, strict=False):
-        if name in ROLES and name != role:
+    roles = ROLES[: len(names)]
+    for role, name in zip(roles, names, strict=True):
+        if name in roles and name != role:
             raise InputError(
                 f"the {role} model of pair '{pair.name}' is called {name!r}, which means the {name} model; "
                 "give it another name"

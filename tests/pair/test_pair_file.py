@@ -48,7 +48,10 @@ def refusal(folder) -> str:
         ({"target": {"name": "adhd", "model": "adhd", "phrases": []}}, "no target phrases; list in target.phrases"),
         ({"target": {"name": "adhd", "model": "adhd", "phrases": ["a", " "]}}, "an empty one among its target phrases"),
         ({"reference": {"name": "target", "model": "standard"}}, "the reference model .* is called 'target', which"),
-        ({"reference": {"name": "twin", "model": "standard"}}, "is called 'twin', which means the twin model"),
+        (
+            {"reference": {"name": "twin", "model": "adhd"}, "twin": {"name": "again", "model": "adhd"}},
+            "is called 'twin', which means the twin model",
+        ),
         ({"reference": {"name": ".", "model": "standard"}}, "letters, digits"),
         ({"reference": {"name": "..", "model": "standard"}}, "letters, digits"),
         ({"twin": {"name": "adhd", "model": "standard"}}, "'standard' and 'adhd' and 'adhd'"),
