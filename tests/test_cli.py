@@ -210,7 +210,7 @@ def test_all_specific_features_at_once_and_again_from_what_was_made(workplace, t
 
 
 def test_a_scan_without_a_specific_feature_has_no_atlas(workplace, tmp_path):
-    steer("scan", "--pair", "toy", *SAE, "--min-ratio", "1e12", "--out", tmp_path / "scan")
+    steer("scan", "--pair", "toy", *SAE, "--max-q", "0", "--out", tmp_path / "scan")
     named = ("intervene", "--pair", "toy", *SAE, "--all-specific", "--scan", tmp_path / "scan", "--out", tmp_path / "a")
     refused(steer(*named), "no feature of adhd_L2_hook_resid_post is specific to 'adhd'", "--min-ratio")
     assert not (tmp_path / "a" / "atlas.json").exists()
