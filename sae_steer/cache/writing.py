@@ -26,7 +26,6 @@ from sae_steer.capability import capability, decide
 from sae_steer.errors import InputError, StaleError, SteerError
 from sae_steer.files import sweep
 from sae_steer.model.batching import length_batches, pad
-from sae_steer.model.decoder import Decoder
 from sae_steer.model.streams import stream_reader
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import GeneratedTexts, Text, TextSource
@@ -278,9 +277,9 @@ def _streams(
             for row, i in enumerate(batch):
                 streams[layer][starts[i] : starts[i + 1]] = values[row, : len(texts[i])]
 
-    if isinstance(model.model, Decoder):
+    if model.model.threads:
         in_threads(place, batches, world.device)
-    else:  # TransformerLens caches in one thread at a time
+    else:
         for batch in batches:
             place(batch)
     return streams

@@ -19,7 +19,6 @@ from sae_steer import stats
 from sae_steer.cache import site
 from sae_steer.corpus import parse_plan
 from sae_steer.edits.arms import Arm
-from sae_steer.model.decoder import Decoder
 from sae_steer.model.replay import edited
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.quality import sample_plans, step_counts
@@ -82,9 +81,8 @@ class SampledArms:
             return sample_plans(self.pair, model, repeated, temperature=temperature, seeds=(seed,), parts=parts)
 
         batches = [range(start, min(start + together, seeds)) for start in range(0, seeds, together)]
-        own = isinstance(model.model, Decoder)  # TransformerLens changes its tokenizer for the length of a call
         with edit:
-            drawn = in_threads(draw, batches, device) if own else map(draw, batches)
+            drawn = in_threads(draw, batches, device) if model.model.threads else map(draw, batches)
             texts = [text for part in drawn for text in part]
         return step_counts(texts, self.pair).reshape(seeds, len(titles), 3).transpose(1, 0, 2)
 

@@ -19,8 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_steer.errors import InputError
-from sae_steer.model.language_model import LanguageModel
+from sae_steer.model.language_model import LanguageModel, Suffix
 from sae_steer.settings import DecoderSettings
 
 Heads = Float[Tensor, "batch head query d_head"]
@@ -136,6 +135,8 @@ def frequencies(shape: DecoderSettings) -> Float[Tensor, " half"]:
 class Decoder(nn.Module, LanguageModel):
     """The whole model. `forward` gives logits; `embed`, `run` and `unembed` are its parts."""
 
+    threads = True
+
     def __init__(self, shape: DecoderSettings):
         super().__init__()
         self.shape = shape
@@ -148,11 +149,6 @@ class Decoder(nn.Module, LanguageModel):
     def device(self) -> torch.device:
         """Where the weights live."""
         return self.embed_tokens.weight.device
-
-    @property
-    def n_parameters(self) -> int:
-        """Parameters, a tied table counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def W_U(self) -> Float[Tensor, "vocab d_model"]:
@@ -174,11 +170,6 @@ class Decoder(nn.Module, LanguageModel):
     def gain(self) -> Float[Tensor, " d_model"]:
         """What the final norm multiplies each dimension by."""
         return self.norm.weight
-
-    def check_layer(self, layer: int, name: str = "the model") -> None:
-        """Raise `InputError` unless there is a block `layer`."""
-        if not 0 <= layer < self.shape.n_layers:
-            raise InputError(f"{name} has no layer {layer}; it has layers 0 to {self.shape.n_layers - 1}")
 
     def resid_post(self, layer: int) -> nn.Module:
         """What puts out the stream after block `layer`: the block."""
@@ -207,6 +198,14 @@ class Decoder(nn.Module, LanguageModel):
         for block in self.layers[start:stop]:
             resid = block(resid, rope, attend)
         return resid
+
+    def suffix(self, resid: Float[Tensor, "batch pos d_model"], start: int) -> Suffix:
+        """The blocks from `start` on, with the keys and values of a clean pass."""
+        from sae_steer.model.suffix import DecoderSuffix
+
+        stored = Storing()
+        self.run(resid, start=start, attend=stored)
+        return DecoderSuffix(self, start, stored)
 
     def resid_posts(
         self, tokens: Int[Tensor, "batch pos"], layers: tuple[int, ...]

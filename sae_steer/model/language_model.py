@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_steer.errors import InputError
+
 
 class Shape(Protocol):
     """Counts and widths by their TransformerLens names; `DecoderSettings` and TransformerLens configs have them."""
@@ -15,6 +17,24 @@ class Shape(Protocol):
     d_model: int
     d_vocab: int
     n_ctx: int
+
+
+@runtime_checkable
+class Suffix(Protocol):
+    """The blocks from one on, and what the clean pass stored in them."""
+
+    def joint(
+        self, resid: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch edit"]
+    ) -> Float[Tensor, "batch edit d_model"]:
+        """Whole texts carried through the blocks, and read at `positions` alone."""
+
+    def many(self, row: int, position: int, resid: Float[Tensor, " copy d_model"]) -> Float[Tensor, " copy d_model"]:
+        """Replacements of one token of one text, each carried through the blocks alone."""
+
+    def single(
+        self, positions: Int[Tensor, "batch edit"], resid: Float[Tensor, "copy batch edit d_model"]
+    ) -> Float[Tensor, "copy batch edit d_model"]:
+        """Replacements of tokens at every position of a batch of texts, each carried alone."""
 
 
 @runtime_checkable
@@ -30,6 +50,8 @@ class LanguageModel(Protocol):
     embed_tokens: nn.Module
     norm: nn.Module
     """What the stream enters after the last block."""
+    threads: bool
+    """Whether threads may run it side by side."""
 
     @property
     def device(self) -> torch.device:
@@ -38,6 +60,7 @@ class LanguageModel(Protocol):
     @property
     def n_parameters(self) -> int:
         """Parameters, a tied table counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
     @property
     def W_U(self) -> Float[Tensor, "vocab d_model"]:
@@ -57,6 +80,8 @@ class LanguageModel(Protocol):
 
     def check_layer(self, layer: int, name: str = "the model") -> None:
         """Raise `InputError` unless there is a block `layer`."""
+        if not 0 <= layer < self.shape.n_layers:
+            raise InputError(f"{name} has no layer {layer}; it has layers 0 to {self.shape.n_layers - 1}")
 
     def resid_posts(
         self, tokens: Int[Tensor, "batch pos"], layers: tuple[int, ...]
@@ -66,6 +91,10 @@ class LanguageModel(Protocol):
     def resid_post(self, layer: int) -> nn.Module:
         """What puts out the stream after block `layer`; whoever reads that stream reads behind its hooks."""
 
+    def resid_pre(self, layer: int) -> nn.Module:
+        """What takes in the stream before block `layer`, its first input; after the last block, the final norm."""
+        return [*self.layers, self.norm][layer]
+
     def writers(self, layer: int) -> tuple[nn.Module, nn.Module]:
         """What puts out the terms that attention and MLP of block `layer` add to the stream."""
 
@@ -73,6 +102,9 @@ class LanguageModel(Protocol):
         self, resid: Float[Tensor, "batch pos d_model"], *, start: int = 0, stop: int | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """Carry `resid`, the input of block `start`, through the blocks before `stop` (default: all)."""
+
+    def suffix(self, resid: Float[Tensor, "batch pos d_model"], start: int) -> Suffix:
+        """The blocks from `start` on, run once on the clean stream below them, their keys and values kept."""
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Final norm and unembedding; on a stream below the last block, the logit lens."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sae_steer.errors import InputError
 from sae_steer.model.decoder import Decoder
-from sae_steer.model.language_model import LanguageModel
+from sae_steer.model.language_model import LanguageModel, Suffix
 from sae_steer.settings import RopeScaling
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ KeysAndValues = tuple[
 class LensModel(nn.Module, LanguageModel):
     """A `HookedTransformer` as a model of a pair: its own forward, weights as they are, nothing folded or centred."""
 
+    threads = False  # TransformerLens changes its tokenizer, and fills its caches, for the length of a call
+
     def __init__(self, hooked: "HookedTransformer"):
         super().__init__()
         if hooked.cfg.attention_dir != "causal":
@@ -159,11 +161,6 @@ class LensModel(nn.Module, LanguageModel):
         return self.hooked.W_E.device
 
     @property
-    def n_parameters(self) -> int:
-        """Parameters, biases TransformerLens adds included."""
-        return sum(parameter.numel() for parameter in self.parameters())
-
-    @property
     def W_U(self) -> Float[Tensor, "vocab d_model"]:
         """The unembedding, one row a token."""
         return self.hooked.W_U.T
@@ -184,11 +181,6 @@ class LensModel(nn.Module, LanguageModel):
         """Every field of the config that an output depends on."""
         facts = {name: str(value) for name, value in vars(self.shape).items() if name not in NOT_OF_THE_FUNCTION}
         return json.dumps(facts, sort_keys=True)
-
-    def check_layer(self, layer: int, name: str = "the model") -> None:
-        """Raise `InputError` unless there is a block `layer`."""
-        if not 0 <= layer < self.shape.n_layers:
-            raise InputError(f"{name} has no layer {layer}; it has layers 0 to {self.shape.n_layers - 1}")
 
     def resid_posts(
         self, tokens: Int[Tensor, "batch pos"], layers: tuple[int, ...]
@@ -244,6 +236,12 @@ class LensModel(nn.Module, LanguageModel):
         if entries:
             self.hooked(resid, start_at_layer=start, stop_at_layer=self.shape.n_layers, past_kv_cache=entries)
         return {layer: (entry.past_keys, entry.past_values) for layer, entry in entries.items()}
+
+    def suffix(self, resid: Float[Tensor, "batch pos d_model"], start: int) -> Suffix:
+        """The blocks from `start` on, with the keys and values of a clean pass."""
+        from sae_steer.model.suffix import LensSuffix
+
+        return LensSuffix(self, start, self.keys_and_values(resid, start))
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Final norm, unembedding and whatever the model does to its logits; below the last block, the logit lens."""

@@ -25,8 +25,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_steer.errors import InputError, NotDeliveredError
-from sae_steer.model.language_model import LanguageModel
-from sae_steer.model.suffix import Suffix, gather, suffix_of
+from sae_steer.model.language_model import LanguageModel, Suffix
+from sae_steer.model.suffix import gather
 
 Edit = Callable[[Tensor], Tensor]
 """Residual rows [*rows, d_model] -> the rows that replace them."""
@@ -95,8 +95,7 @@ def whole_pass(
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos vocab"]]:
     """The stream that the part above block `layer` receives, and the logits, of a full pass with `edit` at `at`."""
     received: list[Tensor] = []
-    above = [*model.layers, model.norm][layer + 1]
-    hook = above.register_forward_pre_hook(lambda module, inputs: received.append(inputs[0]))
+    hook = model.resid_pre(layer + 1).register_forward_pre_hook(lambda module, inputs: received.append(inputs[0]))
     try:
         with edited(model, f"blocks.{layer}.hook_resid_post", edit, at=at):
             logits = model(tokens)
@@ -120,7 +119,7 @@ class CleanPass:
     def of(cls, model: LanguageModel, tokens: Int[Tensor, "batch pos"], layer: int) -> "CleanPass":
         """Run `tokens` (right-padded) once."""
         resid = model.resid_posts(tokens, (layer,))[layer]
-        return cls(model, layer, resid, suffix_of(model, resid, layer + 1))
+        return cls(model, layer, resid, model.suffix(resid, layer + 1))
 
     def at(self, positions: Int[Tensor, "batch edit"]) -> Float[Tensor, "batch edit d_model"]:
         """The clean stream at the positions."""

@@ -1,16 +1,20 @@
-"""Where a model of a pair comes from: a folder or file beside the pair file, `hub:ORG/NAME`, or `tl:NAME`."""
+"""Where a model of a pair comes from: a folder or file beside the pair file, `hub:ORG/NAME`, `hf:` or `tl:`.
+
+A folder that the native decoder reads is read by it, the fast path; of a folder it does not compute, and of `hf:FOLDER`
+and `hf:ORG/NAME`, `transformers` runs the model itself.
+"""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from sae_steer.errors import InputError
+from sae_steer.errors import InputError, NotNativeError
 from sae_steer.model.comparing import compare
 from sae_steer.model.hub import HUB, hub_folder
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.lens import load_lens, tokenizer_json
 from sae_steer.model.loading import DecoderFile, read_decoder
 
-LENS = "tl:"
+LENS, TRANSFORMERS = "tl:", "hf:"
 NO_TOKENIZERS = ("tokenizer_config.json",)
 
 
@@ -37,10 +41,40 @@ def load_model(named: str, *, beside: Path, qkv: str | None = None, gate_up: str
         model = load_lens(named.removeprefix(LENS))
         content = tokenizer_json(model)
         return LoadedModel(model, content and (content, f"the tokenizer of {named}"), {"from": named})
-    path = hub_folder(named.removeprefix(HUB)) if named.startswith(HUB) else beside / named
-    read = read_decoder(path, qkv=qkv, gate_up=gate_up)
+    path = _folder(named, beside)
+    if named.startswith(TRANSFORMERS):
+        return _by_transformers(named, path)
+    try:
+        read = read_decoder(path, qkv=qkv, gate_up=gate_up)
+    except NotNativeError as error:
+        return _by_transformers(named, path, why=str(error))
     source = {"from": named, **read.record, **_compared(read, path)}
     return LoadedModel(read.model, _tokenizer(path), source, read.lines())
+
+
+def _folder(named: str, beside: Path) -> Path:
+    """What `named` stands for on disk; a repository is fetched."""
+    for prefix in (HUB, TRANSFORMERS):
+        name = named.removeprefix(prefix)
+        if named.startswith(prefix) and (prefix == HUB or not (beside / name).exists()):
+            return hub_folder(name)
+    return beside / named.removeprefix(TRANSFORMERS)
+
+
+def _by_transformers(named: str, path: Path, why: str = "") -> LoadedModel:
+    """The model as `transformers` runs it.
+
+    Args:
+        why: what the native decoder has against it.
+    """
+    from sae_steer.model.hf.loading import load_hf
+
+    try:
+        read = load_hf(path)
+    except InputError as error:
+        raise InputError(f"{why}; and {error}" if why else str(error)) from error
+    notes = [*([f"{why}: transformers runs it, more slowly"] if why else []), *read.lines()]
+    return LoadedModel(read.model, _tokenizer(path), {"from": named, **read.record}, notes)
 
 
 def _compared(read: DecoderFile, path: Path) -> dict:

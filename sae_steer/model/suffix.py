@@ -5,7 +5,6 @@ which takes its key-value caches. Both answer alike.
 """
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -14,33 +13,6 @@ from torch import Tensor
 
 from sae_steer.model.decoder import Decoder, Heads, KVHeads, Rope, Storing
 from sae_steer.model.language_model import LanguageModel
-
-
-@runtime_checkable
-class Suffix(Protocol):
-    """The blocks from one on, and what the clean pass stored in them."""
-
-    def joint(
-        self, resid: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch edit"]
-    ) -> Float[Tensor, "batch edit d_model"]:
-        """Whole texts carried through the blocks, and read at `positions` alone."""
-
-    def many(self, row: int, position: int, resid: Float[Tensor, " copy d_model"]) -> Float[Tensor, " copy d_model"]:
-        """Replacements of one token of one text, each carried through the blocks alone."""
-
-    def single(
-        self, positions: Int[Tensor, "batch edit"], resid: Float[Tensor, "copy batch edit d_model"]
-    ) -> Float[Tensor, "copy batch edit d_model"]:
-        """Replacements of tokens at every position of a batch of texts, each carried alone."""
-
-
-def suffix_of(model: LanguageModel, resid: Float[Tensor, "batch pos d_model"], start: int) -> Suffix:
-    """The blocks of `model` from `start` on, run once on the clean stream below them."""
-    if isinstance(model, Decoder):
-        stored = Storing()
-        model.run(resid, start=start, attend=stored)
-        return DecoderSuffix(model, start, stored)
-    return LensSuffix(model, start, model.keys_and_values(resid, start))
 
 
 def gather(

@@ -7,7 +7,7 @@
     special_tokens = false                              # whether texts get the tokenizer's own, such as <s> before
     [reference]
     name = "standard"
-    model = "standard"                                  # a folder or .pt file, hub:ORG/NAME, or tl:NAME
+    model = "standard"                                  # a folder or .pt file, hub:ORG/NAME, hf:NAME, or tl:NAME
     [target]
     name = "adhd"
     model = "adhd"
@@ -35,6 +35,7 @@ from sae_steer.arguments import Checked
 from sae_steer.corpus import OnsetRule, PlanTokenizer, TokenizedText
 from sae_steer.errors import InputError, visible
 from sae_steer.files import sha256
+from sae_steer.model.adapting import adapt
 from sae_steer.model.hub import HUB
 from sae_steer.model.language_model import LanguageModel, fingerprint
 from sae_steer.model.sources import LENS, load_model
@@ -58,7 +59,7 @@ class NamedModel:
 
     name: str
     model: LanguageModel
-    """A `Decoder`, or a `LensModel` around whatever TransformerLens runs."""
+    """A `Decoder`, or what `transformers` or TransformerLens runs, behind the same interface."""
     tokenizer: PlanTokenizer | None = None
     """The tokenizer the model came with, if it came with one."""
     source: dict = field(default_factory=dict)
@@ -66,11 +67,7 @@ class NamedModel:
 
     @classmethod
     def of(cls, name: str, model: object, tokenizer: PlanTokenizer | None = None) -> "NamedModel":
-        """A model in memory: a `Decoder`, or a `HookedTransformer`, which is taken as it is."""
-        if isinstance(model, LanguageModel):
-            return cls(name, model, tokenizer)
-        from sae_steer.model.lens import adapt
-
+        """A model in memory: a `Decoder`, or what `transformers` or TransformerLens runs, taken as it is."""
         return cls(name, adapt(model), tokenizer)
 
     @property

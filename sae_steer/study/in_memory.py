@@ -4,7 +4,6 @@ No pair folder, no cache. The texts are divided by cluster and seed: maps are fi
 others, and the rest is what the verdict rests on.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +19,6 @@ from sae_steer.edits.arms import Bench
 from sae_steer.edits.directions import feature_direction, of_vector
 from sae_steer.errors import InputError
 from sae_steer.model.hub import HUB
-from sae_steer.model.language_model import LanguageModel
-from sae_steer.model.loading import load_decoder
 from sae_steer.model.readout import Measure, TargetMass
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import Text
@@ -153,19 +150,9 @@ def _two(models: ModelPair | Sequence[Any]) -> Sequence[Any]:
 
 def _named(name: str, model: Any) -> NamedModel:
     """The model under its name in the study, and the name transformers loaded it by, if it is no folder's."""
-    named = NamedModel.of(name, _model(model))
+    named = NamedModel.of(name, model)
     loaded_as = getattr(getattr(model, "config", None), "name_or_path", None) or ""
     return replace(named, source={"from": HUB + loaded_as}) if loaded_as and not Path(loaded_as).exists() else named
-
-
-def _model(model: Any) -> Any:
-    """A model the package runs; a Hugging Face Llama becomes the native decoder, through its own files."""
-    if isinstance(model, LanguageModel) or not hasattr(model, "save_pretrained"):
-        return model
-    device = next(model.parameters()).device
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, safe_serialization=True)
-        return load_decoder(Path(folder)).to(device)
 
 
 def _dictionary(subject: Any) -> SparseDictionary:
