@@ -22,7 +22,11 @@ from sae_steer.settings import AUTO, CONTROLS, DEFAULT_LAYER, CacheSettings, Int
 @main.command()
 @places_options
 @click.option("--feature", default="top", help="An index of the dictionary, top, or like-2504.")
-@click.option("--full", is_flag=True, help=f"{CONTROLS['full']} control directions a family, not {CONTROLS['quick']}.")
+@click.option(
+    "--full",
+    is_flag=True,
+    help=f"{CONTROLS['full']} control directions a family, not {CONTROLS['quick']}, and sampled plans.",
+)
 @precision_option
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/PAIR]")
 @keep_option
@@ -30,7 +34,8 @@ from sae_steer.settings import AUTO, CONTROLS, DEFAULT_LAYER, CacheSettings, Int
 def run(pair, cache_folder, feature, full, precision, keep, out, force) -> None:
     """The whole study: cache, train-sae, scan, intervene, layers, report.
 
-    The interventions are a first look (`intervene --quick`), and the verdict says so, unless --full.
+    The interventions are a first look, and the verdict says so, unless --full: small control families, as by
+    `intervene --quick`, and no sampled plans, which no verdict rests on.
 
     \b
     Example:
@@ -51,6 +56,8 @@ def run(pair, cache_folder, feature, full, precision, keep, out, force) -> None:
     say_precision(world, cached, f"the cache in {places.cache}")
     if learned != cached:
         say_precision(world, learned, "the dictionary")
+    if not full:
+        click.echo(f"a first look ({CONTROLS['quick']} controls a family, no sampled plans); --full has more", err=True)
     bar = TrainingBar(Bar("train-sae"))
     report = run_study(
         loaded, places, feature=feature, settings=settings, keep=keep, force=force, progress=Bar, log=bar
@@ -65,7 +72,7 @@ def study_settings(*, full: bool = False, precision: str = AUTO):
     return StudySettings(
         cache=CacheSettings(precision=precision),
         sae=SAESettings(precision=precision),
-        intervene=InterveneSettings(controls=CONTROLS["full" if full else "quick"]),
+        intervene=InterveneSettings() if full else InterveneSettings(controls=CONTROLS["quick"], generations=0),
     )
 
 

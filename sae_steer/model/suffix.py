@@ -14,6 +14,9 @@ from torch import Tensor
 from sae_steer.model.decoder import Decoder, Heads, KVHeads, Rope, Storing
 from sae_steer.model.language_model import LanguageModel
 
+_FUSED = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+"""torch's own attention on a CPU, which also returns the logsumexp; a name that no release of torch promises."""
+
 
 def gather(
     stream: Float[Tensor, "batch pos d_model"], positions: Int[Tensor, "batch edit"]
@@ -172,9 +175,8 @@ def _attend(
     mask: Float[Tensor, "batch 1 query past"] | None,
 ) -> tuple[Heads, Float[Tensor, "batch head query"]]:
     """What the queries read, and the logsumexp of their scores."""
-    fused = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)  # torch's own, not promised
-    if fused and q.device.type == "cpu" and not q.requires_grad:  # a third of the time; the logsumexp has no gradient
-        return fused(q, keys, values, 0.0, False, attn_mask=mask)
+    if _FUSED and q.device.type == "cpu" and not q.requires_grad:  # a third of the time; no gradient of the logsumexp
+        return _FUSED(q, keys, values, 0.0, False, attn_mask=mask)
     scores = (q @ keys.mT) * q.shape[-1] ** -0.5
     scores = scores if mask is None else scores + mask
     weight = scores.logsumexp(-1)

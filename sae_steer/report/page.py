@@ -23,6 +23,7 @@ from sae_steer.report.drawing import png_and_svg
 from sae_steer.report.effect_figures import control_histograms, describe, dose_curves, effect_forest, task_effects
 from sae_steer.report.run import Record, RunRecords
 from sae_steer.report.trace_figure import describe_trace, trace_by_block, traced
+from sae_steer.study.table import without_plans
 
 PAGE_FILE, FIGURES_FOLDER = "report.html", "figures"
 FORMATS = (
@@ -107,7 +108,10 @@ def page(run: RunRecords, images: dict[str, dict[str, str]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {form.__name__: form for form in FORMATS} | {"verdict": verdict}
+    environment.filters |= {form.__name__: form for form in FORMATS} | {
+        "verdict": verdict,
+        "without_plans": without_plans,
+    }
     return environment.get_template("report.html.j2").render(
         run=run, images=images, answer=answer(run), target_tokens=_target_tokens(run)
     )

@@ -24,9 +24,18 @@ def table(record: Mapping) -> str:
         *(_variant(record, variant) for variant in record["variants"]),
         *(f"{variant['variant']}: {variant['verdict']}: {variant['why']}" for variant in record["variants"]),
         *(_sampled(variant) for variant in record["variants"] if variant["sampled"]),
+        *([NO_PLANS] if without_plans(record) else []),
         *_group(record.get("group")),
     ]
     return "\n".join(lines)
+
+
+NO_PLANS = "no plans were sampled, by choice (run samples them with --full); no verdict rests on them"
+
+
+def without_plans(record: Mapping) -> bool:
+    """Whether the study was asked for without sampled plans."""
+    return record.get("provenance", {}).get("settings", {}).get("generations") == 0
 
 
 def primary(record: Mapping, variant: Mapping, mode: str) -> Mapping:

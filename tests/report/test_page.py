@@ -193,6 +193,15 @@ def test_a_feature_that_was_not_tested_says_why(run):
     assert "Verdict: INVALID" in html
 
 
+def test_a_study_asked_for_without_plans_says_so(run):
+    record = study(7, sampled=False)
+    record["provenance"]["settings"]["generations"] = 0
+    write_json(run / "intervene" / "feature-7" / "results.json", record)
+    html = page(RunRecords.read(run), {})
+    assert "this study was asked for without them" in html
+    assert "the texts of this pair are no plans" not in html
+
+
 def test_a_pair_without_plans_has_no_sampled_part(run):
     write_json(run / "intervene" / "feature-7" / "results.json", study(7, sampled=False))
     assert "the texts of this pair are no plans" in page(RunRecords.read(run), {})
