@@ -10,7 +10,7 @@ find keys is an argument (`Attend`), so that a causal pass, a pass that stores k
 and replay of single tokens run through the same blocks and the same hooks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sae_steer.model.language_model import LanguageModel, Suffix
+from sae_steer.model.language_model import Continuation, LanguageModel, Suffix
 from sae_steer.settings import DecoderSettings
 
 Heads = Float[Tensor, "batch head query d_head"]
@@ -206,6 +206,12 @@ class Decoder(nn.Module, LanguageModel):
         stored = Storing()
         self.run(resid, start=start, attend=stored)
         return DecoderSuffix(self, start, stored)
+
+    def continuation(self, prompts: Sequence[Sequence[int]]) -> Continuation:
+        """The prompts, read, to be continued token by token."""
+        from sae_steer.model.continuing import DecoderContinuation
+
+        return DecoderContinuation(self, prompts)
 
     def resid_posts(
         self, tokens: Int[Tensor, "batch pos"], layers: tuple[int, ...]

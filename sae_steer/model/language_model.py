@@ -1,10 +1,11 @@
 """What the rest of the package asks of a model, whoever runs it: our `Decoder`, or TransformerLens through `lens`."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_steer.errors import InputError
@@ -35,6 +36,20 @@ class Suffix(Protocol):
         self, positions: Int[Tensor, "batch edit"], resid: Float[Tensor, "copy batch edit d_model"]
     ) -> Float[Tensor, "copy batch edit d_model"]:
         """Replacements of tokens at every position of a batch of texts, each carried alone."""
+
+
+@runtime_checkable
+class Continuation(Protocol):
+    """Texts that grow by a token a row."""
+
+    logits: Float[Tensor, "row vocab"]
+    """What follows each row's last token."""
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with some of the rows, given in rising order."""
+
+    def append(self, tokens: Int[Tensor, " row"], going: Bool[Tensor, " row"]) -> None:
+        """Read one more token of each row; what follows in rows not `going` means nothing."""
 
 
 @runtime_checkable
@@ -105,6 +120,9 @@ class LanguageModel(Protocol):
 
     def suffix(self, resid: Float[Tensor, "batch pos d_model"], start: int) -> Suffix:
         """The blocks from `start` on, run once on the clean stream below them, their keys and values kept."""
+
+    def continuation(self, prompts: Sequence[Sequence[int]]) -> Continuation:
+        """The prompts, read, to be continued token by token."""
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Final norm and unembedding; on a stream below the last block, the logit lens."""

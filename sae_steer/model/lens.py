@@ -5,7 +5,7 @@ The only importer of transformer_lens, which takes seconds: imported when first 
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sae_steer.errors import InputError
 from sae_steer.model.decoder import Decoder
-from sae_steer.model.language_model import LanguageModel, Suffix
+from sae_steer.model.language_model import Continuation, LanguageModel, Suffix
 from sae_steer.settings import RopeScaling
 
 if TYPE_CHECKING:
@@ -242,6 +242,12 @@ class LensModel(nn.Module, LanguageModel):
         from sae_steer.model.suffix import LensSuffix
 
         return LensSuffix(self, start, self.keys_and_values(resid, start))
+
+    def continuation(self, prompts: Sequence[Sequence[int]]) -> Continuation:
+        """The prompts, read, to be continued token by token."""
+        from sae_steer.model.continuing import Rereading
+
+        return Rereading(self, prompts)
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Final norm, unembedding and whatever the model does to its logits; below the last block, the logit lens."""

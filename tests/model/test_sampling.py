@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hf_models import adapted
 
 from sae_steer.edits.edit import Inject
 from sae_steer.model.replay import edited
@@ -31,6 +32,19 @@ def test_stored_keys_give_the_texts_of_whole_passes(model):
     fast = sample(model, PROMPTS, **SETTINGS, generator=generator(1))
     assert fast == sample_slowly(model, PROMPTS, **SETTINGS, generator=generator(1))
     assert len({len(text) for text in fast}) > 1, "no row ended before another: the test says nothing"
+
+
+@pytest.mark.parametrize("name", ["Qwen2, windows", "Gemma 3", "GPT-2", "Falcon, ALiBi"])
+def test_caches_of_transformers_give_the_texts_of_whole_passes_under_an_edit(name):
+    _, ours = adapted(name)
+    edit = Inject(torch.randn(32, generator=generator(2)), 3.0)
+    prompts = [*PROMPTS, [5, 6, 7], [1] * 18]
+    settings = {**SETTINGS, "max_tokens": 18}
+    with edited(ours, "blocks.1.hook_resid_post", edit, after=(3, 9, 30, 31)):
+        fast = sample(ours, prompts, **settings, generator=generator(1))
+        slow = sample_slowly(ours, prompts, **settings, generator=generator(1))
+    assert fast == slow
+    assert len({len(text) for text in fast}) > 1
 
 
 def test_stored_keys_give_the_texts_of_whole_passes_under_an_edit(model):

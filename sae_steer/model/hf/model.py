@@ -6,6 +6,7 @@ forward with every block skipped.
 
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +20,7 @@ from sae_steer.model.hf.norm import FinalNorm
 from sae_steer.model.hf.places import Done, Place, Run, in_place
 from sae_steer.model.hf.structure import find_parts
 from sae_steer.model.hf.writers import find_terms
-from sae_steer.model.language_model import LanguageModel, Suffix
+from sae_steer.model.language_model import Continuation, LanguageModel, Suffix
 
 NOT_OF_THE_FUNCTION = (
     "_name_or_path", "architectures", "attn_implementation", "dtype", "torch_dtype", "id2label", "label2id",
@@ -163,6 +164,12 @@ class HFModel(nn.Module, LanguageModel):
         from sae_steer.model.hf.replaying import suffix_of
 
         return suffix_of(self, resid, start)
+
+    def continuation(self, prompts: Sequence[Sequence[int]]) -> Continuation:
+        """The prompts, read, to be continued token by token."""
+        from sae_steer.model.hf.continuing import HFContinuation
+
+        return HFContinuation(self, prompts)
 
     def unembed(self, resid: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """The model's own readout of a stream after its last block; below the last block, the logit lens."""
