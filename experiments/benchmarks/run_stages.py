@@ -4,7 +4,8 @@
     python experiments/benchmarks/run_stages.py --isa avx2  # as on a machine with AVX2 alone
 
 Both write their part of run_stages.json. The settings are those of the command without flags; the steps within the
-interventions stand beside their sum.
+interventions stand beside their sum. `cpu_seconds` count all threads and hardly move with what else the machine does:
+two quiet cores need at least half of them.
 """
 
 import time
@@ -15,6 +16,7 @@ import argparse  # noqa: E402
 import os  # noqa: E402
 import tempfile  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
+from itertools import pairwise  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from isa import as_asked, machine  # noqa: E402
@@ -24,23 +26,31 @@ from sae_steer.records import commit, read_json, write_json  # noqa: E402
 RECORD = Path(__file__).with_suffix(".json")
 
 
+@dataclass(frozen=True)
+class Moment:
+    """The time on the wall, and what all threads of this process have computed."""
+
+    name: str
+    wall: float = field(default_factory=time.perf_counter)
+    busy: float = field(default_factory=time.process_time)
+
+
 @dataclass
 class Clock:
     """The `progress` and the `log` of a study: notes when each stage began and each step was told."""
 
-    began: dict[str, float] = field(default_factory=dict)
-    steps: list[tuple[str, float]] = field(default_factory=list)
+    stages: list[Moment] = field(default_factory=lambda: [Moment("imports", START, 0.0)])
+    steps: list[Moment] = field(default_factory=list)
 
     def stage(self, name: str):
         """The `Progress` of a stage, which begins now."""
-        self.began[name] = time.perf_counter()
+        self.stages.append(Moment(name))
 
         def told(done: int, total: int, note: str = "") -> None:
-            now = time.perf_counter()
             if name == "cache" and done >= total:
-                self.began["train-sae"] = now
+                self.stages.append(Moment("train-sae"))
             if name == "intervene":
-                self.steps.append((note, now))
+                self.steps.append(Moment(note))
 
         return told
 
@@ -52,19 +62,23 @@ class Clock:
 
     def done(self, step: int) -> None:
         """Its end: what follows measures it."""
-        self.began["measuring the dictionary"] = time.perf_counter()
+        self.stages.append(Moment("measuring the dictionary"))
 
-    def seconds(self, end: float) -> dict[str, float]:
-        """{stage: how long it took}; the imports first."""
-        marks = [("imports", START), *sorted(self.began.items(), key=lambda mark: mark[1]), ("", end)]
-        return {name: round(marks[i + 1][1] - at, 1) for i, (name, at) in enumerate(marks[:-1])}
+    def interventions(self) -> list[Moment]:
+        """The steps within the interventions, from their beginning to their end."""
+        at = next(i for i, moment in enumerate(self.stages) if moment.name == "intervene")
+        first, after = self.stages[at], self.stages[at + 1]
+        return [Moment("before the first arm", first.wall, first.busy), *self.steps, after]
 
-    def interventions(self) -> dict[str, float]:
-        """{step of the interventions: how long it took}."""
-        starts = [self.began["intervene"], *(at for _, at in self.steps)]
-        names = ["before the first arm", *(note for note, _ in self.steps)]
-        ends = [*starts[1:], self.began["layers"]]
-        return {name: round(end - at, 1) for name, at, end in zip(names, starts, ends, strict=True)}
+
+def durations(moments: list[Moment]) -> dict[str, dict[str, float]]:
+    """{name: seconds until the next moment, and seconds computed}; a name told twice is summed."""
+    found: dict[str, dict[str, float]] = {}
+    for now, then in pairwise(moments):
+        spent = found.setdefault(now.name, {"seconds": 0.0, "cpu_seconds": 0.0})
+        spent["seconds"] = round(spent["seconds"] + then.wall - now.wall, 1)
+        spent["cpu_seconds"] = round(spent["cpu_seconds"] + then.busy - now.busy, 1)
+    return found
 
 
 def main() -> None:
@@ -76,21 +90,23 @@ def main() -> None:
     from sae_steer.pair.model_pair import load_pair
     from sae_steer.pipeline import Places, run_study
 
-    pair, clock = load_pair("small"), Clock()
+    pair, clock, load = load_pair("small"), Clock(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)
         run_study(pair, Places.of(pair.name), settings=study_settings(full=full), progress=clock.stage, log=clock)
-        end = time.perf_counter()
+        clock.stages.append(Moment("end"))
         sae = read_json(Path("runs/small/saes/adhd_L2_hook_resid_post/training.json"))["computed"]
         os.chdir("/")
-    here = machine()
+    here, end = machine(), clock.stages[-1]
     measured = {
         "commit": commit(),
         "machine": here,
+        "load_before": load,
         "precision": sae["precision"],
-        "seconds": round(end - START, 1),
-        "stages": clock.seconds(end),
-        "interventions": clock.interventions(),
+        "seconds": round(end.wall - START, 1),
+        "cpu_seconds": round(end.busy, 1),
+        "stages": durations(clock.stages),
+        "interventions": durations(clock.interventions()),
     }
     name = here["isa"] + (" --full" if full else "")
     known = read_json(RECORD) if RECORD.is_file() else {}
