@@ -128,7 +128,9 @@ class ActivationRows:
         if last - first + 1 == len(out):
             self.maps[part].read_into(out, first)
         else:
-            out[:] = self.maps[part][first : last + 1][numbers - first]
+            span = np.empty((last - first + 1, self.d_in), out.dtype)
+            self.maps[part].read_into(span, first)
+            span.take(numbers - first, axis=0, out=out, mode="clip")  # any other mode copies through a buffer
 
     @cached_property
     def _numbers(self) -> list[Int[np.ndarray, " row"]] | None:
