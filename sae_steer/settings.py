@@ -99,7 +99,7 @@ class CacheSettings(Checked):
     """Type stored: `float16`, `bfloat16`, `float32`, or `auto`: float16 if a sample leaves room in it, or bfloat16."""
     rows_per_shard: Count | None = None
     """Rows a shard holds at most; a kill costs at most one shard. By default 65,536, or as many fewer as keep a
-    shard's streams, of all models and layers, under 256 MiB in float32: caching takes four times that, or so."""
+    shard's streams, of all models and layers, under 256 MiB in float32: caching takes some seven times that."""
     tokens_per_batch: Count = 768
     """Padding counted; on a CPU a batch runs on one core, and the activations of a larger one leave its cache. A GPU
     takes 32 times as many."""
