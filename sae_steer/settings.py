@@ -290,6 +290,17 @@ class ContextSettings(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SteerSettings(Checked):
+    """How text is written with and without an edit."""
+
+    max_tokens: Count = 400
+    """Tokens written at most."""
+    temperature: Positive = 1.0
+    seed: Seed = 0
+    """Of the noise that both texts share."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelftestSettings(Checked):
     """How often the verdict is put to the test, on planted pairs whose truth is known, and on how much data."""
 

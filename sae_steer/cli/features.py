@@ -1,12 +1,15 @@
 """Looking at a feature: what it fires on, and text written with and without it."""
 
 import json
+from dataclasses import asdict
 
 import click
 
 from sae_steer.cli.group import main
-from sae_steer.cli.options import SOME, dictionary_options, on_own_device, open_dictionary
-from sae_steer.settings import ContextSettings
+from sae_steer.cli.options import COUNT, SOME, dictionary_options, on_own_device, open_dictionary
+from sae_steer.settings import ContextSettings, SteerSettings
+
+VARIANTS = ("inject", "subtract", "zero_ablate", "upstream")
 
 
 @main.command()
@@ -38,6 +41,80 @@ def features(features, pair, cache_folder, sae_folder, layer, as_json, **knobs) 
     other = next(model.name for model in loaded.models if model.name != dictionary.model)
     for card in cards:
         click.echo(feature_card(card, dictionary.model, other))
+
+
+@main.command()
+@click.argument("texts", nargs=-1, required=True, metavar="TEXT...")
+@dictionary_options
+@click.option("--feature", type=SOME, help="An index of the dictionary.")
+@click.option("--direction", help="Instead: mean-difference, unembedding, random, or a file with one vector.")
+@click.option("--variant", type=click.Choice(VARIANTS), default="subtract", help="Which intervention.")
+@click.option("--dose", default=1.0, type=click.FloatRange(min=0), help="Multiples of the direction's own size.")
+@click.option("--max-tokens", default=SteerSettings.max_tokens, type=COUNT, help="Tokens written at most.")
+@click.option("--temperature", default=SteerSettings.temperature, help="Of the sampling.")
+@click.option("--seed", default=SteerSettings.seed, type=SOME, help="Of the noise that both texts share.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout.")
+def steer(texts, pair, cache_folder, sae_folder, layer, feature, direction, variant, dose, as_json, **knobs) -> None:
+    """Text written with and without an edit, from the same noise, and what the edit costs.
+
+    inject and upstream are written by the reference model, subtract and zero_ablate by the target model.
+
+    \b
+    Example:
+        sae-steer steer "Clean the kitchen" --direction mean-difference --dose 1
+        sae-steer steer "Clean the kitchen" --feature 785 --variant zero_ablate
+    """
+    from sae_steer.findings.steering import steer
+
+    if (feature is None) == (direction is None):
+        raise click.UsageError("give one of --feature and --direction")
+    loaded, _, cache, dictionary = open_dictionary(pair, cache_folder, sae_folder, layer)
+    arm = _arm(on_own_device(loaded), cache, dictionary, feature if direction is None else direction, variant)
+    rows = steer(loaded, arm, texts, dose=dose, settings=SteerSettings(**knobs))
+    if as_json:
+        click.echo(json.dumps([asdict(row) for row in rows], ensure_ascii=False))
+        return
+    for row in rows:
+        click.echo(_beside(row, arm.direction.name))
+
+
+def _arm(pair, cache, dictionary, source, variant: str):
+    """The one intervention asked for, made ready as a study would."""
+    from pathlib import Path
+
+    from sae_steer.edits.directions import SOURCES
+    from sae_steer.errors import InputError
+    from sae_steer.settings import InterveneSettings
+    from sae_steer.study.of_pair import bench_of, check_inputs, find_direction
+
+    settings = InterveneSettings()
+    check_inputs(pair, cache, dictionary, settings)
+    bench = bench_of(pair, dictionary, cache, cache.target_tokens(pair), settings)
+    named = Path(source) if isinstance(source, str) and source not in SOURCES else source
+    direction = find_direction(bench, dictionary, named)
+    if direction is None:
+        raise InputError(f"feature {source} fires nowhere in the tune texts, which would set its size; name another")
+    arms = {arm.variant.name: arm for arm in bench.arms(direction)}
+    if variant not in arms:
+        raise InputError(f"{direction.name} cannot be used to {variant}; there are {', '.join(arms)}")
+    return arms[variant]
+
+
+def _beside(row, direction: str) -> str:
+    """Both texts, step by step where they are plans, target steps marked, and the cost."""
+    lines = [f"{row.prompt}: {row.edit} {direction}, dose {row.dose:g}, in {row.model}"]
+    for title, written in (("as it is", row.plain), ("steered", row.steered)):
+        if written.well_formed is None:
+            lines += [f"  {title}:", f"    {_visible(written.text)}"]
+            continue
+        form = "" if written.well_formed else ", not well formed"
+        lines.append(f"  {title}: {sum(written.is_target)} of {len(written.steps)} steps are target steps{form}")
+        for step, is_target in zip(written.steps, written.is_target, strict=True):
+            lines.append(f"    {click.style('*', fg='red') if is_target else ' '} {_visible(step)}")
+    lines.append(
+        f"  along the unedited text: KL {row.kl:.4f} nats a token, loss {row.plain_loss:.4f} -> {row.steered_loss:.4f}"
+    )
+    return "\n".join(lines) + "\n"
 
 
 def feature_card(card, own: str, other: str) -> str:
