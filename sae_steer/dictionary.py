@@ -1,36 +1,53 @@
 """A dictionary of one model's stream: learned from a cache, stored where the next command looks, checked on return."""
 
+import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 
 from sae_steer.cache import ActivationCache, site
-from sae_steer.capability import capability, decide
+from sae_steer.capability import decide
 from sae_steer.errors import InputError
-from sae_steer.files import read_facts, sha256, sweep
+from sae_steer.files import read_facts, sha256
+from sae_steer.learning import FILES, FIRINGS_FILE, RECORD_FILE, STATE_FILE, Part, Wanted, learn, origin_of
 from sae_steer.model.lens import official_name
+from sae_steer.outputs import writing
 from sae_steer.pair.model_pair import NamedModel
-from sae_steer.records import already_done, provenance, read_json, read_table, write_json, write_table
-from sae_steer.row_filter import LeftOut
+from sae_steer.records import read_json, read_table
 from sae_steer.sae.architectures import SparseDictionary, on_device
-from sae_steer.sae.evaluation import SAEMetrics, evaluate_groups
-from sae_steer.sae.log import Log, Quiet, Together, jsonl_log
+from sae_steer.sae.log import Log, Quiet
 from sae_steer.sae.origin import Origin
-from sae_steer.sae.saelens.files import WEIGHTS_FILE, load_sae, read_metadata, save_sae
+from sae_steer.sae.saelens.files import (
+    CONFIG_FILE,
+    config_of,
+    identity,
+    load_sae,
+    read_metadata,
+)
 from sae_steer.sae.stability import MOST_FEATURES, SeedFolder, SeedStability, find_or_compare, load_stability
-from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
-from sae_steer.sae.trackers import tracker
-from sae_steer.sae.training import Job, TrainedSAE, train
 from sae_steer.settings import AUTO, SAESettings
+from sae_steer.shapes import Count, Name, conform
 from sae_steer.world import World
 
-RECORD_FILE, FIRINGS_FILE = "training.json", "firings.parquet"
-SAELENS = "saelens:"
-"""How architectures begin that SAELens's own trainer learns: `saelens:gated,l1_coefficient=2`."""
+__all__ = ["Dictionary", "Wanted", "adopt_dictionary", "check_fits", "load_dictionary", "train_sae", "train_saes"]
+
+
+class DictionaryFacts(TypedDict):
+    """What a dictionary's cfg.json, and its training.json, must say of it."""
+
+    model: Name
+    layer: Count
+    model_sha256: str
+    final_fve: NotRequired[float | None]
+    final_l0: NotRequired[float | None]
+    dead_pct_train: NotRequired[float | None]
+    dead_pct_heldout: NotRequired[float | None]
 
 
 @dataclass(frozen=True)
@@ -67,15 +84,6 @@ def default_folder(model: str, layer: int, settings: SAESettings) -> str:
     if settings.architecture != usual.architecture:
         parts.insert(0, re.sub(r"[^\w.=]+", "-", settings.architecture))
     return "_".join([f"{model}_L{layer}_hook_resid_post", *parts])
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A dictionary to learn: of whose stream, how, and where it is stored."""
-
-    model: str
-    settings: SAESettings
-    out: Path
 
 
 def train_sae(
@@ -119,19 +127,26 @@ def train_saes(
     """
     world = world or World.local(precision=wanted[0].settings.precision)
     wanted = _decided(wanted, world, force)
-    origins = [_origin(cache, one, layer) for one in wanted]
-    done = [
-        already_done(one.out / RECORD_FILE, origin, force=force) for one, origin in zip(wanted, origins, strict=True)
-    ]
-    todo = [(one, origin) for one, origin, found in zip(wanted, origins, done, strict=True) if not found]
-    own = [part for part in todo if not part[0].settings.architecture.startswith(SAELENS)]
-    for together in (own, *([part] for part in todo if part not in own)):
-        if together:
-            here = world.at(together[0][0].settings.precision)
-            _learn(cache, together, layer, force, log or Quiet(), trackers, here)
-    if world.is_first:
-        _compare_seeds(wanted)
-    world.barrier()
+    parts = [Part(one, origin_of(cache, one, layer)) for one in wanted]
+    with ExitStack() as held:
+        if world.is_first and not all(part.is_done(force=force) for part in parts):
+            for part in parts:
+                part.output = held.enter_context(writing(part.wanted.out, FILES, force=force))
+        world.barrier()
+        for part in parts:
+            part.anew = world.any(part.output is not None and part.output.starts_over(part.origin, force=force))
+        todo = [part for part in parts if not part.is_done(force=part.anew)]
+        own = [part for part in todo if not part.is_foreign]
+        for todo_together in (own, *([part] for part in todo if part.is_foreign)):
+            if todo_together:
+                here = world.at(todo_together[0].wanted.settings.precision)
+                learn(cache, todo_together, parts, layer, log or Quiet(), trackers, here)
+        if world.is_first:
+            _compare_seeds(wanted)
+            for part in parts:
+                if part.output:
+                    part.output.ended(part.origin)
+        world.barrier()
     return [load_dictionary(one.out) for one in wanted]
 
 
@@ -154,7 +169,7 @@ def kept_precision(folder: Path) -> str | None:
 
 
 def _begun_precision(folder: Path) -> str | None:
-    state = _state_file(folder)
+    state = folder / STATE_FILE
     if not state.is_file():
         return None
     settings = read_facts(state)["identity"]["settings"]
@@ -168,11 +183,6 @@ def _made_precision(folder: Path) -> str | None:
     return made["settings"].get("precision") if isinstance(made, dict) else None
 
 
-def _state_file(folder: Path) -> Path:
-    """Where the checkpoint of dictionaries learned together lies, from the first one's folder."""
-    return folder / "training" / "state.safetensors"
-
-
 def _compare_seeds(wanted: Sequence[Wanted]) -> None:
     """Leave the record of seed stability beside every dictionary that has siblings; the widest are too wide for it."""
     siblings: dict[tuple[str, SAESettings], dict[int, Path]] = {}
@@ -181,117 +191,13 @@ def _compare_seeds(wanted: Sequence[Wanted]) -> None:
             siblings.setdefault((one.model, replace(one.settings, seed=0)), {})[one.settings.seed] = one.out
     for folders in siblings.values():
         if len(folders) > 1:
-            compared = [
-                SeedFolder(path, seed, sha256(path / WEIGHTS_FILE), _alive(path)) for seed, path in folders.items()
-            ]
+            compared = [SeedFolder(path, seed, identity(path), _alive(path)) for seed, path in folders.items()]
             find_or_compare(compared, [load_sae(path) for path in folders.values()])
 
 
 def _alive(folder: Path) -> np.ndarray | None:
     path = folder / FIRINGS_FILE
-    return read_table(path)["heldout"] > 0 if path.is_file() else None
-
-
-def _origin(cache: ActivationCache, wanted: Wanted, layer: int) -> dict:
-    rows, held_out = (cache.rows(wanted.model, layer, split) for split in ("train", "scan"))
-    inputs = {"held_out": held_out.fingerprint, "rows": rows.fingerprint, "model": wanted.model, "layer": str(layer)}
-    return provenance(settings=wanted.settings, inputs=inputs)
-
-
-def _learn(
-    cache: ActivationCache, todo: list, layer: int, force: bool, log: Log, trackers: Collection[str], world: World
-) -> None:
-    first = todo[0][0].out
-    state = _state_file(first)
-    if world.is_first:
-        sweep(state.parent)
-        told = {one.out.name: asdict(one.settings) for one, _ in todo}
-        kept = [tracker(kind, state.parent, first.name, told) for kind in dict.fromkeys(trackers)]
-        if force:  # not before the trackers are there: one that cannot start costs nothing
-            state.unlink(missing_ok=True)
-        for one, _ in todo:
-            (one.out / STABILITY_FILE).unlink(missing_ok=True)
-            (one.out / RECORD_FILE).unlink(missing_ok=True)  # written last: a folder that has it is whole
-        log = Together(jsonl_log(state.parent / "log.jsonl"), *kept, log)
-    world.barrier()
-    sources = {one.model: cache.rows(one.model, layer, "train") for one, _ in todo}
-    jobs = [Job(sources[one.model], one.settings, one.out.name if len(todo) > 1 else "") for one, _ in todo]
-    learn = _train_foreign if jobs[0].settings.architecture.startswith(SAELENS) else train
-    learned = learn(jobs, world=world, log=log if world.is_first else None, checkpoint=state)
-    if world.is_first:
-        for (one, origin), trained in zip(todo, learned, strict=True):
-            _store(cache, one, origin, layer, trained, world)
-        state.unlink()
-    world.barrier()
-
-
-def _train_foreign(jobs: list[Job], *, world: World, log: Log | None, checkpoint: Path) -> list[TrainedSAE]:
-    """`train` for one dictionary of a SAELens architecture, by SAELens's own trainer."""
-    from sae_steer.sae.saelens.training import parse_architecture, train_saelens
-
-    (job,) = jobs
-    if world.size > 1:
-        raise InputError(f"SAELens trains in one process, not {world.size}; run without torchrun for {SAELENS} names")
-    name, options = parse_architecture(job.settings.architecture)
-    sae = train_saelens(job.rows, job.settings, name, options=options, world=world, log=log, checkpoint=checkpoint)
-    steps = job.settings.rows // job.settings.batch_size
-    return [TrainedSAE(sae=sae, settings=job.settings, steps=steps, rows=job.rows.fingerprint)]
-
-
-def _store(cache: ActivationCache, one: Wanted, origin: dict, layer: int, trained: TrainedSAE, world: World) -> None:
-    train, held_out = (_evaluated(cache, one.model, layer, trained.sae, split) for split in ("train", "scan"))
-    record = {
-        "provenance": origin,
-        "model": one.model,
-        "layer": layer,
-        "hook": site(layer),
-        "model_sha256": cache.manifest["models"][one.model]["sha256"],
-        **_figures(train, held_out),
-        "steps": trained.steps,
-        "computed": capability().facts(world.precision, world.device.type),
-    }
-    save_sae(trained.sae, one.out, metadata={**record, "settings": asdict(one.settings)})
-    firings = {"train": train.counted.firings.numpy(), "heldout": held_out.counted.firings.numpy()}
-    write_table(one.out / FIRINGS_FILE, {"feature": np.arange(trained.settings.d_sae), **firings})
-    write_json(one.out / RECORD_FILE, record)
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A dictionary's figures on one split."""
-
-    counted: SAEMetrics
-    """On the rows that count."""
-    everything: SAEMetrics
-    """On all rows, those left out among them."""
-    onsets: SAEMetrics | None
-    """At onsets of the model's own renderings."""
-    left_out: LeftOut
-
-
-def _evaluated(cache: ActivationCache, model: str, layer: int, sae: SparseDictionary, split: str) -> Evaluated:
-    rows, labels = cache.rows(model, layer, split), cache.labels(split)
-    at_onsets = labels["is_onset"].astype(bool) & np.isin(labels["text_variant"], cache.own_variants(model))
-    groups = {"counted": rows.counts, "everything": None, **({"onsets": at_onsets} if at_onsets.any() else {})}
-    found = evaluate_groups(sae, rows.in_order(), groups, World.local(precision="float32"))
-    return Evaluated(found["counted"], found["everything"], found.get("onsets"), rows.selection.left_out)
-
-
-def _figures(train: Evaluated, fresh: Evaluated) -> dict:
-    """How well the dictionary explains the rows it learned from, and rows of tasks it never saw."""
-    return {
-        "final_fve": fresh.counted.fve,
-        "final_l0": fresh.counted.l0,
-        "dead_pct_train": 100 * train.counted.dead_share,
-        "dead_pct_heldout": 100 * fresh.counted.dead_share,
-        "heldout_rows": fresh.counted.rows,
-        "train_rows": train.counted.rows,
-        "density_heldout": asdict(fresh.counted.density),
-        "fve_all_rows": fresh.everything.fve,
-        "fve_onsets": fresh.onsets and fresh.onsets.fve,
-        "onset_rows": fresh.onsets.rows if fresh.onsets else 0,
-        "rows_left_out": {"train": train.left_out.record(), "heldout": fresh.left_out.record()},
-    }
+    return read_table(path, of=read_json(folder / RECORD_FILE))["heldout"] > 0 if path.is_file() else None
 
 
 def load_dictionary(folder: Path, *, model: NamedModel | None = None, layer: int | None = None) -> Dictionary:
@@ -304,9 +210,10 @@ def load_dictionary(folder: Path, *, model: NamedModel | None = None, layer: int
         raise InputError(f"no dictionary in {folder}; run `sae-steer train-sae` first, or name one with --sae")
     sae, known = load_sae(folder).requires_grad_(False), read_metadata(folder)
     if {"model", "layer", "model_sha256"} <= known.keys():
+        conform(known, DictionaryFacts, f"metadata.sae_steer of {folder / CONFIG_FILE}")
         sae.origin.check_stream(known["layer"])
-        weights = sha256(folder / WEIGHTS_FILE)
-        return Dictionary(sae, known["model"], known["layer"], known, weights, load_stability(folder, weights))
+        own = identity(folder)
+        return Dictionary(sae, known["model"], known["layer"], known, own, load_stability(folder, own))
     if model is None or layer is None:
         raise InputError(
             f"{folder} does not say which model and layer it was trained on; tell with --layer and the pair, "
@@ -323,7 +230,8 @@ def adopt_dictionary(sae: SparseDictionary, *, model: NamedModel, layer: int) ->
     weights = sorted(sae.state_dict().items())
     parts = (part for name, weight in weights for part in (name.encode(), weight.float().cpu().numpy().tobytes()))
     record = {"model": model.name, "layer": layer, "model_sha256": model.sha256, "hook": site(layer), "adopted": True}
-    return Dictionary(sae, model.name, layer, record, sha256(*parts))
+    told = json.dumps(config_of(sae), sort_keys=True, default=str)
+    return Dictionary(sae, model.name, layer, record, sha256(told.encode(), *parts))
 
 
 def _check_model(origin: Origin, model: NamedModel) -> None:

@@ -2,7 +2,13 @@
 
 
 class SteerError(Exception):
-    """A problem the user can mend; the command line prints it alone and exits with 1."""
+    """A problem the user can mend; the command line prints it alone and exits with 1.
+
+    What the message quotes from files is made harmless to a terminal.
+    """
+
+    def __str__(self) -> str:
+        return visible(" ".join(map(str, self.args)))
 
 
 class InputError(SteerError):
@@ -11,6 +17,10 @@ class InputError(SteerError):
 
 class NotNativeError(InputError):
     """A model that the native decoder does not compute, and that `transformers` may run itself."""
+
+
+class MissingError(InputError, KeyError):
+    """A record that lacks a key: it was written by another version, or by hand."""
 
 
 class StaleError(SteerError):

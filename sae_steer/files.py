@@ -1,5 +1,6 @@
 """Files written beside and renamed into place, tensors and hashes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -7,13 +8,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, uint8
 
 from sae_steer.errors import SteerError
 
+TIMING_FILE = "timing.json"
 UNFINISHED = ".tmp"
 """How the name of a file ends while it is written."""
 
@@ -40,17 +44,35 @@ def replacing(path: Path) -> Iterator[Path]:
         scratch.chmod(0o666 & ~mask)  # mkstemp makes files private
         scratch.replace(path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SteerError(f"cannot write {path}: {reason}; free space or name a writable folder with --out") from error
+        raise cannot_write(path, error) from error
     finally:
         if scratch is not None:
             scratch.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left unfinished in `folder`; call it where no other process writes."""
-    for left in Path(folder).glob(f".*{UNFINISHED}"):
+def cannot_write(path: Path, error: Exception) -> SteerError:
+    """The one line of a folder or file that cannot be written."""
+    reason = getattr(error, "strerror", None) or error
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None), None)
+    return SteerError(f"cannot write {path}: {reason}; {'free space or ' * full}name a writable folder with --out")
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes left of the file `path` unfinished; call it where no other process writes it."""
+    for left in path.parent.glob(f".{escape(path.name)}.*{UNFINISHED}"):
         left.unlink(missing_ok=True)
+
+
+def open_to_append(path: Path) -> TextIO:
+    """The file at `path`, open to be added to; a link there is not followed."""
+    try:
+        return os.fdopen(
+            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o666),
+            "a",
+            encoding="utf-8",
+        )
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -64,11 +86,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict) -> Path:
     """Write named tensors, and `facts` as JSON in the header, as one safetensors file, beside and renamed."""
     from safetensors.torch import save_file
 
+    content, told = {name: tensor.contiguous() for name, tensor in tensors.items()}, json.dumps(facts)
     with replacing(path) as scratch:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, {"facts": json.dumps(facts)}
-        )
+        save_file(content, scratch, {"facts": told, "sha256": hash_of(content, told)})
     return Path(path)
+
+
+def hash_of(tensors: dict[str, Tensor], facts: str = "") -> str:
+    """The hash of named tensors, their types and shapes, and of what is said of them."""
+    parts = [facts.encode()]
+    for name, tensor in sorted(tensors.items()):
+        parts.append(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        parts.append(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(uint8).numpy()))
+    return sha256(*parts)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -77,9 +107,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
 
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"])  # noqa: SIM118
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            tensors, told = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        facts = json.loads(told["facts"])
+    except PermissionError as error:
+        raise SteerError(f"{path} cannot be read: {error.strerror}; make it readable") from error
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise SteerError(f"{path} is not a whole checkpoint ({error}); delete it to start anew") from error
+    if told.get("sha256", whole := hash_of(tensors, told["facts"])) != whole:
+        raise SteerError(f"{path} is damaged: it does not have the checksum written in it; delete it to start anew")
+    return tensors, facts
 
 
 def read_facts(path: Path) -> dict:
@@ -89,7 +125,7 @@ def read_facts(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["facts"])
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
         raise SteerError(f"{path} is not a whole checkpoint ({error}); delete it to start anew") from error
 
 
@@ -108,10 +144,10 @@ def sha256(*parts: bytes | memoryview | Path) -> str:
 
 @contextmanager
 def timed(folder: Path, **machine: str) -> Iterator[None]:
-    """Writes how long the block took to `timing.json` in `folder`, and on what machine: apart from the records, which
+    """Writes how long the block took to `TIMING_FILE` in `folder`, and on what machine: apart from the records, which
     repeat exactly.
     """
     start = time.perf_counter()
     yield
     seconds = round(time.perf_counter() - start, 3)
-    write_text(Path(folder) / "timing.json", json.dumps({"seconds": seconds, **machine}) + "\n")
+    write_text(Path(folder) / TIMING_FILE, json.dumps({"seconds": seconds, **machine}) + "\n")

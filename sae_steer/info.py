@@ -5,13 +5,12 @@ from pathlib import Path
 
 from sae_steer.cache import ActivationCache
 from sae_steer.errors import InputError
-from sae_steer.files import sha256
 from sae_steer.model.language_model import fingerprint
 from sae_steer.model.loading import read_decoder
 from sae_steer.pair.model_pair import NamedModel, load_pair
 from sae_steer.records import read_json
 from sae_steer.row_filter import LeftOut
-from sae_steer.sae.saelens.files import WEIGHTS_FILE, load_sae, read_metadata
+from sae_steer.sae.saelens.files import identity, load_sae, read_metadata
 from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.stability import load_stability
 
@@ -112,7 +111,7 @@ def _left_out(record: dict) -> list[str]:
 
 def _seeds(path: Path) -> list[str]:
     """How stable the dictionary's features are over seeds, if that was measured for these weights."""
-    if load_stability(path, sha256(path / WEIGHTS_FILE)) is None:
+    if load_stability(path, identity(path)) is None:
         return []
     record = read_json(path / STABILITY_FILE)
     which = "all" if record["alive"] is None else "alive"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sae_steer.atlas.atlas import FILES as ATLAS_FILES
 from sae_steer.atlas.atlas import RECORD_FILE as ATLAS_RECORD
 from sae_steer.atlas.atlas import Atlas, atlas_provenance, load_atlas, make_atlas
 from sae_steer.cache import ActivationCache, cache_activations
@@ -21,8 +22,9 @@ from sae_steer.capability import capability
 from sae_steer.dictionary import Dictionary, check_fits, default_folder, train_sae
 from sae_steer.effects.splicing import find_or_splice
 from sae_steer.errors import SteerError
-from sae_steer.files import timed
+from sae_steer.files import TIMING_FILE, timed
 from sae_steer.findings import layer_probability as layers
+from sae_steer.outputs import writing
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.progress import Progress, silent
@@ -30,6 +32,7 @@ from sae_steer.records import already_done, write_json
 from sae_steer.sae.log import Log
 from sae_steer.scan import RECORD_FILE as SCAN_RECORD
 from sae_steer.scan import FeatureScan, load_scan, save_scan, scan_features, scan_provenance, tells_stability
+from sae_steer.scan.record import FILES as SCAN_FILES
 from sae_steer.settings import (
     DEFAULT_LAYER,
     AtlasSettings,
@@ -40,8 +43,10 @@ from sae_steer.settings import (
     SAESettings,
     ScanSettings,
 )
+from sae_steer.study.of_pair import FILES as STUDY_FILES
 from sae_steer.study.of_pair import RECORD_FILE as STUDY_RECORD
 from sae_steer.study.of_pair import Source, Study, intervene, load_study, plan_study, study_provenance
+from sae_steer.study.plan import check_unedited
 from sae_steer.world import World
 
 
@@ -107,7 +112,7 @@ def find_or_scan(
     settings = settings or ScanSettings()
     origin = scan_provenance(cache, dictionary, settings)
     if not already_done(out / SCAN_RECORD, origin, force=force):
-        with _into(out):
+        with _into(out, SCAN_FILES, force):
             save_scan(scan_features(cache, dictionary, settings=settings, on_rows=on_rows), out, origin)
     found = load_scan(out, dictionary)
     if not tells_stability(out, found):
@@ -132,14 +137,16 @@ def find_or_intervene(
     origin = study_provenance(pair, cache, dictionary, source, settings, leave_out)
     if not already_done(out / STUDY_RECORD, origin, force=force):
         check_fits(dictionary, cache)  # a study that cannot be made leaves no plan behind
-        with _into(out):
+        with _into(out, STUDY_FILES, force):
             plan = plan_study(pair, cache, origin, out, force=force)
             named = {"feature": source} if isinstance(source, int) else {"direction": source}
             intervene(
                 pair, dictionary, **named, cache=cache, settings=settings, leave_out=leave_out, plan=plan,
                 on_step=on_step,
             ).save(out)  # fmt: skip
-    return load_study(out)
+    study = load_study(out)
+    check_unedited(out, study.record["plan"])
+    return study
 
 
 def find_or_make_atlas(
@@ -160,7 +167,7 @@ def find_or_make_atlas(
     origin = atlas_provenance(pair, cache, dictionary, **known, settings=settings)
     if not already_done(out / ATLAS_RECORD, origin, force=force):
         check_fits(dictionary, cache)
-        with _into(out):
+        with _into(out, ATLAS_FILES, force):
             make_atlas(pair, dictionary, **known, cache=cache, settings=settings, on_step=on_step).save(out)
     return load_atlas(out)
 
@@ -177,7 +184,7 @@ def find_or_read_layers(
     """The path of the layer curves in `out`, made now unless they are there."""
     settings, path = settings or LayersSettings(), out / layers.RECORD_FILE
     if not already_done(path, layers.layers_provenance(pair, cache, settings), force=force):
-        with _into(out):
+        with _into(out, [layers.RECORD_FILE], force):
             write_json(path, layers.layer_probability(pair, cache, settings=settings, on_step=on_step))
     return path
 
@@ -237,8 +244,8 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def _into(folder: Path) -> Iterator[None]:
-    """A stage that writes into `folder`, with the time it took beside its result."""
-    check_writable(folder)
-    with timed(folder, **capability().facts("float32", World.local().device.type)):
+def _into(folder: Path, files: Collection[str], force: bool) -> Iterator[None]:
+    """A stage that writes `files` into `folder`, held by it alone, with the time it took beside its result."""
+    machine = capability().facts("float32", World.local().device.type)
+    with writing(folder, [*files, TIMING_FILE], force=force), timed(folder, **machine):
         yield

@@ -6,15 +6,21 @@ finished output again by them: the same settings and inputs, it is reused; other
 
 import dataclasses
 import json
+import math
 import subprocess
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from sae_steer.errors import InputError, StaleError
-from sae_steer.files import replacing, write_text
+from sae_steer.errors import InputError, MissingError, StaleError
+from sae_steer.files import replacing, sha256, write_text
+from sae_steer.outputs import is_ours
+from sae_steer.shapes import Hash, conform
+
+SEAL = "seal"
+"""The key under which a record has the hash of its content."""
 
 
 def provenance(*, settings: Any, inputs: Mapping[str, str]) -> dict:
@@ -50,16 +56,72 @@ def commit() -> str | None:
 
 
 def write_json(path: Path, record: Any) -> Path:
-    """Write a record (dataclasses welcome) as JSON; NaN and infinity are programming errors."""
-    return write_text(path, json.dumps(record, indent=1, allow_nan=False, default=_plain) + "\n")
+    """Write a record (dataclasses welcome) as JSON; NaN and infinity are programming errors.
+
+    One with a provenance is sealed: a hash of its content stands in it, and `read_json` checks it.
+    """
+    text = json.dumps(record, indent=1, allow_nan=False, default=_plain)
+    if isinstance(plain := json.loads(text), dict) and "provenance" in plain:
+        text = json.dumps({**plain, SEAL: seal_of(plain)}, indent=1)
+    return write_text(path, text + "\n")
+
+
+def seal_of(record: Mapping[str, Any]) -> str:
+    """The hash of a record's content, however the file is laid out."""
+    content = {key: value for key, value in record.items() if key != SEAL}
+    return sha256(json.dumps(content, sort_keys=True).encode())
+
+
+class Facts(dict):
+    """An object of a record; a key that it lacks is an `InputError` that names the file."""
+
+    path: Path | None = None
+
+    def __missing__(self, key: object) -> Any:
+        raise MissingError(
+            f"{self.path} lacks {key!r}; it was written by another version or by hand, write it again with --force"
+        )
 
 
 def read_json(path: Path) -> Any:
-    """A record read back, or an `InputError` that names it."""
+    """A record read back, without its seal; one that is not whole or was changed is an `InputError` that names it."""
+    path = Path(path)
+
+    def facts(content: dict) -> Facts:
+        named = Facts(content)
+        named.path = path
+        return named
+
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a whole record ({error}); write it again with --force") from error
+        content = path.read_text(encoding="utf-8")
+        record = json.loads(content, object_hook=facts, parse_constant=_not_finite, parse_float=_finite)
+        if "\\ud" in content.lower():
+            json.dumps(record, ensure_ascii=False).encode()  # half a character can be neither shown nor stored
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error) or "too deep"
+        raise InputError(f"{path} is not a whole record ({reason}); write it again with --force") from error
+    if isinstance(record, dict) and SEAL in record and record.pop(SEAL) != seal_of(record):
+        raise InputError(f"{path} was changed after it was written; write it again with --force")
+    return record
+
+
+def read_record(path: Path, kind: Any, advice: str = "write it again with --force") -> Any:
+    """A record of the type `kind`, a `TypedDict`; one of another shape is an `InputError` that names the place."""
+    record = read_json(path)
+    try:
+        conform(record, kind, str(path))
+    except InputError as error:
+        raise InputError(f"{error}; {advice}") from error
+    return record
+
+
+def _not_finite(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _not_finite(digits)
 
 
 def write_table(path: Path, columns: Mapping[str, Any], more: Iterable[Mapping[str, Any]] = ()) -> Path:
@@ -79,20 +141,55 @@ def write_table(path: Path, columns: Mapping[str, Any], more: Iterable[Mapping[s
     return Path(path)
 
 
-def read_table(path: Path, where: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def hashes_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """{name: hash} of the files beside a record, for its key `files`; `read_table` checks them."""
+    return {name: sha256(Path(folder) / name) for name in names}
+
+
+def check_files(path: Path) -> None:
+    """Raise `InputError` if a file is not the one that the record at `path`, where there is one of ours, names.
+
+    Its key `files` has {path beside it: hash}.
+    """
+    path = Path(path)
+    if not path.is_file() or not is_ours(path):
+        return
+    for name, wanted in read_record(path, Listing).get("files", {}).items():
+        if not (path.parent / name).is_file() or sha256(path.parent / name) != wanted:
+            raise InputError(
+                f"{path.parent / name} is not the file that {path.name} was written with: it is missing, damaged or "
+                f"changed; put it back, make it anew with --force, or remove {path.name} to use it as it is"
+            )
+
+
+class Listing(TypedDict):
+    """A record and the hashes of the files beside it."""
+
+    files: NotRequired[dict[str, Hash]]
+
+
+def read_table(
+    path: Path, where: Mapping[str, Any] | None = None, *, of: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The columns of a Parquet table, as numpy arrays.
 
     Args:
         where: {column: value} that the rows read must have.
+        of: the record the table stands beside; where that knows the table's hash, another one is an `InputError`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    path, hashes = Path(path), (of or {}).get("files")
     try:
+        if isinstance(hashes, dict) and path.name in hashes and sha256(path) != hashes[path.name]:
+            raise InputError(f"{path} is not the table its record was written with; write it again with --force")
         table = pq.read_table(path, filters=[(name, "==", value) for name, value in (where or {}).items()] or None)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{path} is not a whole table ({error}); write it again with --force") from error
-    return {name: table.column(name).to_numpy() for name in table.column_names}
+    columns = Facts({name: table.column(name).to_numpy() for name in table.column_names})
+    columns.path = path
+    return columns
 
 
 def already_done(path: Path, wanted: dict, *, force: bool = False) -> bool:

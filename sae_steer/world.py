@@ -19,6 +19,7 @@ from torch import Tensor
 from sae_steer.capability import Precision, decide
 from sae_steer.errors import InputError, SteerError
 from sae_steer.settings import AUTO
+from sae_steer.torchrun import processes
 
 _AUTOCAST = {"float32": None, "bfloat16": torch.bfloat16}
 Item, Made = TypeVar("Item"), TypeVar("Made")
@@ -131,7 +132,7 @@ def joined(*, precision: str = AUTO, device: str | None = None) -> Iterator[Worl
     alone = World.local(precision=precision, device=device)
     before = signal.signal(signal.SIGTERM, _told_to_stop)
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if processes() == 1:
             yield alone
             return
         place = alone.device

@@ -20,6 +20,7 @@ from toy import write_toy_pair
 
 import sae_steer
 from sae_steer.cli import main
+from sae_steer.records import write_json
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.sae.saelens.files import load_sae, read_metadata, save_sae
 from sae_steer.settings import (
@@ -279,10 +280,10 @@ def test_a_missing_cache(here):
 def test_a_half_written_cache(here):
     shutil.copytree(here / "activations" / "toy", "half")
     manifest = json.loads(Path("half/manifest.json").read_text())
-    Path("half/manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    write_json(Path("half/manifest.json"), {**manifest, "complete": False})
     refused(steer("train-sae", "--pair", here / "toy", "--cache", "half"), "half", "repeat `sae-steer cache`")
     refused(steer("info", "half"), "only half written")
-    Path("half/manifest.json").write_text(json.dumps(manifest))
+    write_json(Path("half/manifest.json"), manifest)
     cut = Path("half") / manifest["shards"][1]["file"]
     cut.write_bytes(cut.read_bytes()[:-1])
     refused(steer("layers", "--pair", here / "toy", "--cache", "half"), cut.name, "missing or cut short")
@@ -296,7 +297,7 @@ def test_a_damaged_cache_is_found_by_its_checksums(here):
     shard.write_bytes(content)
     said = steer("info", "damaged")
     assert said.exit_code == 1
-    assert f"{shard} does not have the checksum" in said.stdout
+    assert f"{shard} is damaged: it does not have the checksum" in said.stdout
 
 
 def test_a_missing_dictionary_and_a_missing_scan(here):
@@ -420,9 +421,12 @@ def test_a_message_of_several_lines_is_told_in_one(monkeypatch):
 
 def test_torchrun_is_refused_where_one_process_is_meant(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    ran = steer("report")
-    assert ran.exit_code == 1
-    assert "report runs in one process; start it without torchrun" in ran.stderr
+    refused(steer("report"), "WORLD_SIZE is 2 and RANK is not set; start the processes with torchrun")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    refused(steer("report"), "report runs in one process; start it without torchrun")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    refused(steer("cache"), "WORLD_SIZE is 'two'")
 
 
 def test_two_processes_of_torchrun_learn_the_dictionary_of_one(here):

@@ -88,7 +88,8 @@ def test_a_dictionary_says_what_it_is_of(whole):
     assert (found.model, found.layer, found.name) == ("adhd", 2, "adhd_L2_hook_resid_post")
     assert (found.sae.config.d_in, found.sae.config.d_sae, found.sae.config.k) == (32, 64, 4)
     record = found.record
-    assert record == {**json.loads((whole / "training.json").read_text()), "settings": record["settings"]}
+    stored = json.loads((whole / "training.json").read_text())
+    assert {**record, "seal": stored["seal"], "files": stored["files"]} == {**stored, "settings": record["settings"]}
     assert record["hook"] == "blocks.2.hook_resid_post"
     assert 0 < record["final_fve"] < 1
     assert record["final_l0"] == pytest.approx(4, abs=0.1)
@@ -347,6 +348,7 @@ def test_one_of_ours_whose_config_names_another_site_is_refused(whole, tmp_path)
     config = json.loads((folder / "cfg.json").read_text())
     assert config["metadata"]["hook_name"] == "blocks.2.hook_resid_post", "SAELens's users read it there"
     config["metadata"]["hook_name"] = "blocks.1.hook_resid_post"
+    del config["metadata"]["sae_steer"]["seal"]
     (folder / "cfg.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"it reads blocks\.1\.hook_resid_post"):
         load_dictionary(folder)

@@ -92,9 +92,9 @@ def test_what_killed_processes_leave_is_swept_and_nothing_else(tmp_path):
     kept = [tmp_path / name for name in ("note.txt", ".lock", "note.tmp")]
     for path in (*kept, tmp_path / ".note.txt.ab12.tmp"):
         path.write_text("")
-    sweep(tmp_path)
+    sweep(tmp_path / "note.txt")
     assert sorted(tmp_path.iterdir()) == sorted(kept)
-    sweep(tmp_path / "nowhere")
+    sweep(tmp_path / "nowhere" / "note.txt")
 
 
 def test_the_unfinished_file_of_a_killed_process_is_what_sweep_looks_for(tmp_path):
@@ -106,7 +106,7 @@ def test_the_unfinished_file_of_a_killed_process_is_what_sweep_looks_for(tmp_pat
     command = [sys.executable, "-c", script, str(tmp_path / "note.txt")]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, check=False)
     assert len(list(tmp_path.iterdir())) == 1
-    sweep(tmp_path)
+    sweep(tmp_path / "note.txt")
     assert not list(tmp_path.iterdir())
 
 

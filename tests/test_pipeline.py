@@ -18,7 +18,7 @@ from sae_steer.pipeline import Places, StudySettings, find_or_intervene, find_or
 from sae_steer.settings import InterveneSettings, ScanSettings
 from sae_steer.study.of_pair import load_study
 
-UNEQUAL = ("timing.json", "log.jsonl", ".lock")
+UNEQUAL = ("timing.json", "log.jsonl", ".sae_steer")
 """What holds wall times, or nothing."""
 
 

@@ -281,7 +281,7 @@ def test_a_scan_that_is_not_there_or_not_ours_is_told_in_one_line(saved, diction
     with pytest.raises(InputError, match=r"no scan in .*; run `sae-steer scan` first"):
         load_scan(tmp_path_factory.mktemp("empty"), dictionary)
     (saved / RECORD_FILE).write_text(json.dumps({"sae_results": {}, "primary_count": 312}))
-    with pytest.raises(InputError, match="was not written by sae-steer"):
+    with pytest.raises(InputError, match="lacks 'provenance'; run `sae-steer scan --force`"):
         load_scan(saved, dictionary)
     (saved / RECORD_FILE).write_text("{")
     with pytest.raises(InputError, match="not a whole record"):

@@ -20,7 +20,7 @@ def write(pair: ModelPair, out: Path, **changes) -> ActivationCache:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".sae_steer"}
 
 
 def refusal(kind: type[SteerError], act) -> str:

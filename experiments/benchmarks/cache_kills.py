@@ -160,7 +160,7 @@ def write(pair: ModelPair, out: Path, rank: int, size: int, port: int, joint) ->
 
 def contents(folder: Path) -> dict[str, bytes]:
     """{name: bytes} of what a cache consists of."""
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".sae_steer"}
 
 
 if __name__ == "__main__":

@@ -30,13 +30,15 @@ from sae_steer.effects.estimates import estimates
 from sae_steer.effects.readings import Onsets
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
+from sae_steer.outputs import writing
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.progress import Progress, silent
-from sae_steer.records import provenance, read_json, read_table, write_json, write_table
+from sae_steer.records import hashes_of, provenance, read_json, read_table, write_json, write_table
 from sae_steer.settings import AtlasSettings
 from sae_steer.study.of_pair import bench_of, check_inputs
 
 RECORD_FILE, TABLE_FILE = "atlas.json", "atlas.parquet"
+FILES = (RECORD_FILE, TABLE_FILE)
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,11 @@ class Atlas:
     def save(self, folder: Path) -> Path:
         """Write `atlas.parquet` and `atlas.json`; returns the latter, which is removed first and written last."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD_FILE).unlink(missing_ok=True)
-        write_table(folder / TABLE_FILE, self.table)
-        return write_json(folder / RECORD_FILE, self.record)
+        with writing(folder, FILES):
+            (folder / RECORD_FILE).unlink(missing_ok=True)
+            write_table(folder / TABLE_FILE, self.table)
+            record = {**self.record, "files": hashes_of(folder, [TABLE_FILE])}
+            return write_json(folder / RECORD_FILE, record)
 
     def summary(self) -> str:
         """What became of the tested features, a line a variant."""
@@ -74,7 +77,8 @@ class Atlas:
 
 def load_atlas(folder: Path) -> Atlas:
     """An atlas `Atlas.save` wrote."""
-    return Atlas(read_json(Path(folder) / RECORD_FILE), read_table(Path(folder) / TABLE_FILE))
+    record = read_json(Path(folder) / RECORD_FILE)
+    return Atlas(record, read_table(Path(folder) / TABLE_FILE, of=record))
 
 
 def atlas_provenance(

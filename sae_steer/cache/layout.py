@@ -1,6 +1,10 @@
-"""What a shard holds and what its parts are called."""
+"""What a shard holds and what its parts are called; what the manifest says of a cache."""
+
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
+
+from sae_steer.shapes import Count, Hash, Matches, Name, Provenance
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -22,6 +26,40 @@ ORIGIN = "origin"
 """The attribute of a shard that says which cache it is a part of."""
 BLOCK = 16
 """Neighbouring rows that a shuffled batch takes together: one read, and still 256 places of the corpus a batch."""
+
+
+class ShardLine(TypedDict):
+    """A finished shard, as the manifest or a record of its own lists it."""
+
+    file: Annotated[str, Matches(r"shard-\d{5}\.h5", "a shard's name")]
+    split: Literal["train", "scan", "tune", "confirm"]
+    rows: Count
+    texts: Count
+    bytes: Count
+    sha256: Hash
+
+
+class ModelFacts(TypedDict):
+    """A model whose streams are stored."""
+
+    sha256: str
+    d_model: Count
+    key_map: NotRequired[Any]
+
+
+class Manifest(TypedDict):
+    """`manifest.json`."""
+
+    format: Literal[1]
+    pair: Name
+    models: dict[Name, ModelFacts]
+    tokenizer: str
+    layers: list[Count]
+    dtype: Literal["float16", "bfloat16", "float32"]
+    variants: list[str]
+    provenance: Provenance
+    complete: bool
+    shards: list[ShardLine]
 
 
 def site(layer: int) -> str:

@@ -1,15 +1,18 @@
 """The lengths of a stream's rows: read from the shards, or measured once where shards were written without them."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
+from sae_steer.cache.layout import NORMS
 from sae_steer.cache.storage import norms
 from sae_steer.cache.stored import StoredRows
 from sae_steer.errors import SteerError
-from sae_steer.files import replacing, sha256
+from sae_steer.files import read_tensors, sha256, write_tensors
 
 
 def find_or_measure(
@@ -24,16 +27,13 @@ def find_or_measure(
     """
     if all(part is not None for part in stored):
         return np.concatenate(stored)
-    path, rows = Path(folder) / f"norms-{sha256(fixed.encode())[:16]}.npy", sum(map(len, maps))
+    path, rows = Path(folder) / f"norms-{sha256(fixed.encode())[:16]}.safetensors", sum(map(len, maps))
     kept = _read(path, rows)
     if kept is not None:
         return kept
     measured = np.concatenate([_measured(part) for part in maps])
-    try:
-        with replacing(path) as scratch, open(scratch, "wb") as file:
-            np.save(file, measured)
-    except SteerError:  # a cache in a folder that cannot be written is measured again
-        pass
+    with suppress(SteerError):  # a cache in a folder that cannot be written is measured again
+        write_tensors(path, {NORMS: torch.from_numpy(measured)}, {})
     return measured
 
 
@@ -45,7 +45,7 @@ def _measured(rows: StoredRows) -> Float[np.ndarray, " row"]:
 def _read(path: Path, rows: int) -> np.ndarray | None:
     """What was kept for as many rows; None if it is not there or not whole."""
     try:
-        kept = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        kept = read_tensors(path)[0][NORMS].numpy()
+    except (SteerError, KeyError):
         return None
     return kept if kept.shape == (rows,) and kept.dtype == np.float32 else None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sae_steer.cache.checking import damaged_shards, opened
-from sae_steer.cache.layout import FORMAT, LABELS, MANIFEST, site
+from sae_steer.cache.layout import LABELS, MANIFEST, Manifest, site
 from sae_steer.cache.norms import find_or_measure
 from sae_steer.cache.rows import ActivationRows
 from sae_steer.corpus import TargetTokens, count_first_tokens
@@ -16,7 +16,7 @@ from sae_steer.errors import InputError
 from sae_steer.files import sha256
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
-from sae_steer.records import read_json
+from sae_steer.records import read_record
 from sae_steer.row_filter import RowFilter, RowsThatCount
 
 
@@ -41,11 +41,7 @@ class ActivationCache:
         folder = Path(folder)
         if not (folder / MANIFEST).is_file():
             raise InputError(f"no activation cache in {folder}; run `sae-steer cache` first, or name one with --cache")
-        manifest = read_json(folder / MANIFEST)
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise InputError(
-                f"{folder / MANIFEST} is no manifest of format {FORMAT}; write the cache again with --force"
-            )
+        manifest = read_record(folder / MANIFEST, Manifest, "write the cache again with --force")
         if not manifest["complete"]:
             raise InputError(f"the cache in {folder} is only half written; repeat `sae-steer cache`, it resumes")
         for shard in manifest["shards"]:

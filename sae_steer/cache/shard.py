@@ -14,12 +14,12 @@ import numpy as np
 
 from sae_steer.cache.checking import damaged_shards
 from sae_steer.cache.dealing import ShardTexts
-from sae_steer.cache.layout import LABELS, MOMENTS, NORMS, ORIGIN, site
+from sae_steer.cache.layout import LABELS, MOMENTS, NORMS, ORIGIN, ShardLine, site
 from sae_steer.cache.storage import WIDER, decoded, encoded, moments, norms
-from sae_steer.errors import NotFiniteError
+from sae_steer.errors import InputError, NotFiniteError
 from sae_steer.files import replacing, sha256
 from sae_steer.pair.texts import Text
-from sae_steer.records import read_json, write_json
+from sae_steer.records import read_record, write_json
 
 Streams = Mapping[str, Mapping[int, np.ndarray]]
 """{model: {layer: [row, d_model] float32}}"""
@@ -59,11 +59,22 @@ def write_shard(folder: Path, shard: ShardTexts, streams: Streams, *, dtype: str
     write_json(folder / shard.record, line)
 
 
-def finished_shards(folder: Path, manifest: dict) -> dict[str, dict]:
-    """{file: line} of the shards in `folder` that the manifest or a record of their own lists, and that are whole."""
-    lines = [*manifest["shards"], *(read_json(path) for path in sorted(folder.glob("shard-*.json")))]
+def finished_shards(folder: Path, manifest: dict, dealt: Sequence[ShardTexts]) -> dict[str, dict]:
+    """{file: line} of the dealt shards that the manifest or a record of their own lists, and that are whole."""
+    listed = {line["file"]: line for line in manifest["shards"]}
+    listed |= {shard.file: line for shard in dealt if (line := _own_line(folder, shard))}
+    lines = [listed[shard.file] for shard in dealt if shard.file in listed]
     damaged = damaged_shards(folder, manifest, lines)
     return {line["file"]: line for line, wrong in zip(lines, damaged, strict=True) if not wrong}
+
+
+def _own_line(folder: Path, shard: ShardTexts) -> dict | None:
+    """What a shard's own record says; one that cannot be read is none, and the shard is written anew."""
+    try:
+        line = read_record(folder / shard.record, ShardLine)
+    except InputError:
+        return None
+    return line if line["file"] == shard.file else None
 
 
 def _label_columns(texts: Sequence[Text]) -> dict[str, np.ndarray]:

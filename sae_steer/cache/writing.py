@@ -6,11 +6,11 @@
 3. When all are there, the first process lists them in the manifest.
 """
 
-import fcntl
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,19 +18,19 @@ import numpy as np
 
 from sae_steer.cache.checking import damaged_shards
 from sae_steer.cache.dealing import ShardTexts, deal_texts, rows_that_fit
-from sae_steer.cache.layout import FORMAT, LABELS, MANIFEST, MOMENTS, NORMS, origin
+from sae_steer.cache.layout import FORMAT, LABELS, MANIFEST, MOMENTS, NORMS, Manifest, origin
 from sae_steer.cache.reading import ActivationCache
 from sae_steer.cache.shard import finished_shards, write_shard
 from sae_steer.cache.storage import AUTO, DTYPES, narrowest
 from sae_steer.capability import capability, decide
-from sae_steer.errors import InputError, StaleError, SteerError
-from sae_steer.files import sweep
+from sae_steer.errors import InputError, StaleError
 from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.streams import stream_reader
+from sae_steer.outputs import Output, is_ours, writing
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import GeneratedTexts, Text, TextSource
 from sae_steer.progress import Progress, silent
-from sae_steer.records import already_done, provenance, read_json, write_json
+from sae_steer.records import already_done, provenance, read_json, read_record, write_json
 from sae_steer.settings import DEFAULT_LAYER, CacheSettings
 from sae_steer.world import World, in_threads, keep_freed_memory
 
@@ -38,6 +38,7 @@ ON_GPU = 32
 """How many times the settings' batch a GPU reads at once."""
 MOST_VARIANTS = 256
 """Renderings that the labels number, one byte each."""
+SHARD_NAME = re.compile(r"shard-\d{5}\.(h5|json)")
 TRIED = 64
 """Texts at most on which `dtype="auto"` is decided."""
 
@@ -85,17 +86,19 @@ def cache_activations(
     )
     if world.any(world.is_first and _is_whole(out, _begun(out, wanted, force=force))):
         return ActivationCache.open(out, pair=pair)
-    with _only_writer(out) if world.is_first else nullcontext():
+    with writing(out) if world.is_first else nullcontext() as output:
         shards = deal_texts(pair, source, settings.rows_per_shard)
-        if world.is_first and not _begun(out, wanted, force=force):  # asked again: another writer may have come first
-            dtype = _type_for(shards, pair, layers, settings) if settings.dtype == AUTO else settings.dtype
-            manifest = _new_manifest(pair, layers, dtype, source, wanted)
-            _begin(out, {**manifest, "computed": capability().facts(settings.precision, device)})
-        if world.is_first:
-            sweep(out)
+        if output:
+
+            def begin() -> dict:
+                dtype = _type_for(shards, pair, layers, settings) if settings.dtype == AUTO else settings.dtype
+                manifest = _new_manifest(pair, layers, dtype, source, wanted)
+                return {**manifest, "computed": capability().facts(settings.precision, device)}
+
+            _prepare(output, shards, wanted, begin, force)
         world.barrier()
-        manifest = read_json(out / MANIFEST)
-        done = finished_shards(out, manifest)
+        manifest = read_record(out / MANIFEST, Manifest)
+        done = finished_shards(out, manifest, shards)
         world.barrier()  # nobody writes before all have seen what is missing
         missing = [shard for shard in shards if shard.file not in done]
         mine = [missing[i] for i in world.share(len(missing))]
@@ -104,8 +107,9 @@ def cache_activations(
             _check_machine(out, manifest, settings.precision, device)
         _write_shards(out, mine, pair, layers, settings, manifest, _telling(out, shards, done, on_rows, world))
         world.barrier()
-        if world.is_first:
+        if output:
             _finish(out, manifest, shards)
+            output.ended(wanted)
         world.barrier()  # the others open what the first has listed
     return ActivationCache.open(out, pair=pair)
 
@@ -181,17 +185,18 @@ def _begun(out: Path, wanted: dict, *, force: bool) -> dict | None:
 
     One made otherwise is a `StaleError`, unless `force` or not a single shard of it is there.
     """
-    manifest = None if force else _left(out)
-    if manifest is not None:
-        already_done(out / MANIFEST, wanted)
-    return manifest
+    if force or _left(out) is None:
+        return None
+    already_done(out / MANIFEST, wanted)
+    return read_record(out / MANIFEST, Manifest)
 
 
 def _left(out: Path) -> dict | None:
     """The manifest in `out`, if a shard of it is finished."""
     path = out / MANIFEST
     manifest = read_json(path) if path.is_file() else None
-    if isinstance(manifest, dict) and manifest.get("shards") == [] and not finished_shards(out, manifest):
+    finished = any(record.with_suffix(".h5").is_file() for record in out.glob("shard-*.json"))
+    if isinstance(manifest, dict) and manifest.get("shards") == [] and not finished:
         return None
     return manifest
 
@@ -200,13 +205,29 @@ def _is_whole(out: Path, manifest: dict | None) -> bool:
     return bool(manifest) and manifest["complete"] and not any(damaged_shards(out, manifest, manifest["shards"]))
 
 
-def _begin(out: Path, manifest: dict) -> None:
-    """From here on `out` holds an unfinished cache without shards, whatever was there before."""
-    for record in out.glob("shard-*.json"):  # first: the new manifest must not find them
-        record.unlink()
+def _prepare(
+    output: Output, shards: Sequence[ShardTexts], wanted: dict, begin: Callable[[], dict], force: bool
+) -> None:
+    """Take the folder for these shards: go on with the cache begun there, or begin one with the manifest of `begin`."""
+    out, before = output.folder, output.made("shard-*")
+    anew = output.starts_over(wanted, force=force)
+    if before and not force and not (out / MANIFEST).is_file():
+        raise InputError(f"{out} has shards and no {MANIFEST}; put it back, or write them anew with --force")
+    if is_ours(out / MANIFEST) and not output.made(MANIFEST):  # of a version that left no list
+        output.claim([MANIFEST, *(path.name for path in out.glob("shard-*.*") if SHARD_NAME.fullmatch(path.name))])
+        before = output.made("shard-*")
+    output.claim([MANIFEST, *(shard.file for shard in shards), *(shard.record for shard in shards)], force=force)
+    if _begun(out, wanted, force=anew):
+        return
+    manifest = begin()
+    for record in before:  # records first: the new manifest must not find them
+        if record.suffix == ".json":
+            record.unlink()
     write_json(out / MANIFEST, manifest)
-    for shard in out.glob("shard-*.h5"):
-        shard.unlink()
+    for shard in before:
+        shard.unlink(missing_ok=True)
+    if anew:
+        output.begun(wanted)
 
 
 def _write_shards(
@@ -252,7 +273,7 @@ def _telling(
 
 
 def _finish(out: Path, manifest: dict, shards: Sequence[ShardTexts]) -> None:
-    done = finished_shards(out, manifest)
+    done = finished_shards(out, manifest, shards)
     whole = {**manifest, "shards": [done[shard.file] for shard in shards]}
     write_json(out / MANIFEST, {**whole, "complete": False})
     for shard in shards:
@@ -283,21 +304,3 @@ def _streams(
         for batch in batches:
             place(batch)
     return streams
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the system drops when the process ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise SteerError(f"cannot write {folder}: {error.strerror}; name a writable folder with --out") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SteerError(
-                f"another process is writing the cache in {folder}; wait for it, or use another --out"
-            ) from error
-        yield

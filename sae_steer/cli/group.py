@@ -1,10 +1,11 @@
 """The command group: what a user can mend becomes one line on stderr and exit code 1."""
 
-import os
+import sys
 
 import click
 
 from sae_steer.errors import SteerError, visible
+from sae_steer.torchrun import processes
 
 MANY_PROCESSES = ("cache", "train-sae")
 """Commands that torchrun may start several times; they use `world.joined`."""
@@ -13,10 +14,17 @@ MANY_PROCESSES = ("cache", "train-sae")
 class SteerGroup(click.Group):
     """Turns what a user can mend into a one-line message and exit code 1."""
 
+    def main(self, *args, **kwargs):
+        """Run the group; what a terminal's alphabet lacks is spelled out, not an error after hours of work."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **kwargs)
+
     def resolve_command(self, ctx: click.Context, args: list[str]):
         """The command, refused where torchrun started several processes and it knows but one."""
         name, command, rest = super().resolve_command(ctx, args)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and name not in MANY_PROCESSES:
+        if processes() > 1 and name not in MANY_PROCESSES:
             raise click.ClickException(
                 f"{name} runs in one process; start it without torchrun (with it: {', '.join(MANY_PROCESSES)})"
             )

@@ -34,7 +34,9 @@ sae_option = click.option(
     help="The dictionary's folder, ours or any of SAELens.  [default: the target model's]",
 )
 layer_option = click.option("--layer", default=DEFAULT_LAYER, help="The block after which the stream is read.")
-force_option = click.option("--force", is_flag=True, help="Replace what was made with other settings.")
+force_option = click.option(
+    "--force", is_flag=True, help="Replace what was made otherwise; put aside what others made."
+)
 seed_option = click.option("--seed", default=0, type=click.IntRange(min=0), help="Fixes every random choice.")
 precision_option = click.option(
     "--precision",

@@ -79,7 +79,8 @@ def study_settings(*, full: bool = False, precision: str = AUTO):
 @main.command()
 @pair_option
 @click.option("--run", "run_folder", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/PAIR]")
-def report(pair, run_folder) -> None:
+@force_option
+def report(pair, run_folder, force) -> None:
     """All records of a run as one offline page.
 
     \b
@@ -88,7 +89,7 @@ def report(pair, run_folder) -> None:
     """
     from sae_steer.report.page import write_report
 
-    click.echo(write_report(run_folder or Path("runs", Path(pair).resolve().name)))
+    click.echo(write_report(run_folder or Path("runs", Path(pair).resolve().name), force=force))
 
 
 @main.command()

@@ -5,7 +5,16 @@ from pathlib import Path
 import click
 
 from sae_steer.cli.group import main
-from sae_steer.cli.options import COUNT, SOME, out_option, pair_option, precision_option, say_precision, seed_option
+from sae_steer.cli.options import (
+    COUNT,
+    SOME,
+    force_option,
+    out_option,
+    pair_option,
+    precision_option,
+    say_precision,
+    seed_option,
+)
 from sae_steer.settings import SelftestSettings
 
 
@@ -20,7 +29,8 @@ from sae_steer.settings import SelftestSettings
 @precision_option
 @out_option
 @seed_option
-def selftest(pair, studies, kinds, level_studies, summary, precision, out, seed) -> None:
+@force_option
+def selftest(pair, studies, kinds, level_studies, summary, precision, out, seed, force) -> None:
     """How often the verdict is right: whole studies of planted pairs whose truth is measured; resumes after a kill.
 
     \b
@@ -43,6 +53,6 @@ def selftest(pair, studies, kinds, level_studies, summary, precision, out, seed)
         world = World.local(precision=precision, device="cpu")
         say_precision(world, begun_precision(folder / "cache"), f"the cache in {folder / 'cache'}")
         made = selftest(
-            loaded, folder, settings=settings, kinds=kinds, precision=precision, on_step=Bar("selftest")
+            loaded, folder, settings=settings, kinds=kinds, precision=precision, force=force, on_step=Bar("selftest")
         )  # fmt: skip
         click.echo(made)

@@ -35,6 +35,7 @@ from sae_steer.errors import InputError
 from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.replay import CleanPass
+from sae_steer.outputs import writing
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
 from sae_steer.records import already_done, provenance, write_json
@@ -158,7 +159,8 @@ def find_or_splice(
             )
             for only_onsets in (True, False)
         ]
-        write_json(path, {"provenance": wanted} | {one.positions: one.record() for one in found})
+        with writing(folder, [RECORD_FILE], force=force):
+            write_json(path, {"provenance": wanted} | {one.positions: one.record() for one in found})
     return path
 
 

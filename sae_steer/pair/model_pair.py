@@ -40,7 +40,10 @@ from sae_steer.model.hub import HUB
 from sae_steer.model.language_model import LanguageModel, fingerprint
 from sae_steer.model.sources import LENS, load_model
 from sae_steer.pair.pair_file import FILE, PairFile, write_pair_toml
+from sae_steer.records import check_files
 
+TRAINING_FILE = "training.json"
+"""The record of a pair's training, where this package trained it."""
 __all__ = ["ModelPair", "NamedModel", "load_pair", "write_pair_toml"]
 
 
@@ -211,6 +214,7 @@ def load_pair(pair: str | Path, *, tell: Callable[[str], None] = to_stderr) -> M
         tell: takes the map of a model's tensor names, line by line, where the names had to be matched.
     """
     facts = PairFile.read(_find(pair) / FILE)
+    check_files(facts.folder / TRAINING_FILE)
     if facts.strings("onset.tokens", ()) and facts.value("onset.regex", str, ""):
         raise InputError(f"{facts.path} has onset.tokens and onset.regex; say where steps begin by one of them")
     reference, target = (_read_model(facts, side, tell) for side in ("reference", "target"))

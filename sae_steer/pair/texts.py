@@ -93,17 +93,22 @@ class TextFile:
     variants: tuple[str, ...]
     lines: tuple[UserText, ...]
     tasks: tuple[str, ...]
+    content: str
+    """The hash of the bytes that were read."""
 
     @classmethod
     def read(cls, path: Path) -> "TextFile":
         """Read the file whole; what cannot be used is an `InputError` naming the line."""
+        content = _content(Path(path))
         lines = tuple(read_texts(Path(path)))
+        if content is not None and _content(Path(path)) != content:
+            raise InputError(f"{path} was changed while it was read; wait until it is written, and repeat")
         variants = tuple(sorted({line.rendering or UNNAMED for line in lines}))
-        return cls(Path(path), variants, lines, tuple(sorted({line.task for line in lines})))
+        return cls(Path(path), variants, lines, tuple(sorted({line.task for line in lines})), content or "")
 
     def identity(self) -> dict:
         """The hash of the file's content, and how it is read."""
-        return {"texts": sha256(self.path), "kind": self.path.suffix}
+        return {"texts": self.content, "kind": self.path.suffix}
 
     def texts(self, pair: ModelPair, split: str) -> Iterator[Text]:
         """The lines whose task was dealt to `split`, in the file's order."""
@@ -168,6 +173,14 @@ def _label(
         next_is_target=labels.next_is_target,
         true_p=(unknown if true_p is None else labels.spread(true_p)).astype(np.float32),
     )
+
+
+def _content(path: Path) -> str | None:
+    """The hash of a file; None where there is none to be read, which its reader tells."""
+    try:
+        return sha256(path)
+    except OSError:
+        return None
 
 
 def _deal(task: str) -> str:

@@ -18,15 +18,17 @@ import torch
 from sae_steer.capability import capability
 from sae_steer.corpus import LENIENT_KEYWORDS, REGULATION_PHRASES, SPECIALS, VARIANTS, PlanTokenizer, write_plans
 from sae_steer.errors import InputError
-from sae_steer.files import read_facts, sweep
+from sae_steer.files import read_facts
 from sae_steer.model.batching import Tokens, bucket
 from sae_steer.model.loading import save_decoder
 from sae_steer.model.training import TrainingState, train
-from sae_steer.pair.model_pair import ModelPair, load_pair, write_pair_toml
+from sae_steer.outputs import writing
+from sae_steer.pair.model_pair import TRAINING_FILE, ModelPair, load_pair, write_pair_toml
+from sae_steer.pair.pair_file import FILE
 from sae_steer.pair.quality import measure_pair
 from sae_steer.progress import Progress, silent
 from sae_steer.randomness import generator
-from sae_steer.records import already_done, provenance, read_json, write_json
+from sae_steer.records import already_done, hashes_of, provenance, read_json, write_json
 from sae_steer.settings import PRESETS, PairTrainingSettings
 from sae_steer.world import World
 
@@ -34,6 +36,8 @@ TOKENIZER_PLANS = 4_000
 HELD_OUT_PLANS = 300
 TOKENIZER_SEED, COMMON_SEED, OWN_SEED, HELD_OUT_SEED = 11, 12, 13, 14
 COMMON_SHARE = 1 / 3
+STORED = ("tokenizer.json", "/config.json", "/model.safetensors")
+"""How the names of a pair's files end whose hashes stand in its record."""
 TWIN_ORDER = 15
 """Added to the seed that orders a twin's text."""
 
@@ -87,12 +91,32 @@ def train_pair(
     world = world.finishing(None if force else begun_precision(folder), f"the pair in {folder}")
     identity = {**asdict(settings), "precision": world.precision}
     wanted = provenance(settings=identity, inputs={})
-    if already_done(folder / "training.json", wanted, force=force):
+    if already_done(folder / TRAINING_FILE, wanted, force=force):
         return load_pair(folder)
-    if force:  # the record first: a forced run that is killed must not leave the old one's word for half a pair
-        for made in (folder / "training.json", folder / "pair.toml", *(folder / "training").glob("*.safetensors")):
-            made.unlink(missing_ok=True)
-    sweep(folder / "training")
+    with writing(folder, _files(settings), force=force) as output:
+        if output.starts_over(wanted, force=force):
+            # the record first: a forced run that is killed must not leave the old one's word for half a pair
+            for name in (TRAINING_FILE, FILE, "training/*.safetensors"):
+                for made in output.made(name):
+                    made.unlink()
+            output.begun(wanted)
+        pair = _train_and_measure(folder, settings, wanted, world, on_step)
+        output.ended(wanted)
+    return pair
+
+
+def _files(settings: PairTrainingSettings) -> list[str]:
+    """What the folder of a pair is made of."""
+    names = [role.name for role in _roles(settings)]
+    runs = [*names, *(["common"] if settings.init == "shared" else [])]
+    models = [f"{name}/{part}" for name in names for part in ("config.json", "model.safetensors")]
+    return [FILE, "tokenizer.json", TRAINING_FILE, *models, *(f"training/{name}.safetensors" for name in runs)]
+
+
+def _train_and_measure(
+    folder: Path, settings: PairTrainingSettings, wanted: dict, world: World, on_step: Progress
+) -> ModelPair:
+    identity = {**wanted["settings"]}
     tokenizer = _make_tokenizer(settings)
     tokenizer.save(folder / "tokenizer.json")
     logs = _train_models(folder, settings, tokenizer, world, identity, on_step)
@@ -106,8 +130,11 @@ def train_pair(
         "parameters": pair.target.model.n_parameters,
         "log": logs,
         "measured": measure_pair(pair, seed=settings.seed, on_step=on_step),
+        "files": hashes_of(
+            folder, ["tokenizer.json", *(f"{role.name}/model.safetensors" for role in _roles(settings))]
+        ),
     }
-    write_json(folder / "training.json", record)
+    write_json(folder / TRAINING_FILE, record)
     return pair.to("cpu")
 
 

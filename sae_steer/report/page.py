@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from sae_steer.files import replacing, write_text
+from sae_steer.outputs import writing
 from sae_steer.progress import Progress, silent
 from sae_steer.report import figures, numbers
 from sae_steer.report.answer import answer, verdict
@@ -50,11 +51,21 @@ class Chart:
     draw: Callable[[], Figure]
 
 
-def write_report(run: Path, *, on_step: Progress = silent) -> Path:
-    """Write `report.html` and `figures/` into a run folder from the records in it; returns the page's path."""
+def write_report(run: Path, *, force: bool = False, on_step: Progress = silent) -> Path:
+    """Write `report.html` and `figures/` into a run folder from the records in it; returns the page's path.
+
+    Args:
+        force: put a page or figures that somebody else made aside.
+    """
     run = Path(run)
     records = RunRecords.read(run)
     drawings = charts(records)
+    figures = [f"{FIGURES_FOLDER}/{chart.name}.{ending}" for chart in drawings for ending in ("png", "svg")]
+    with writing(run, [PAGE_FILE, *figures], force=force):
+        return _write(run, records, drawings, on_step)
+
+
+def _write(run: Path, records: RunRecords, drawings: list["Chart"], on_step: Progress) -> Path:
     images = {}
     for done, chart in enumerate(drawings):
         on_step(done, len(drawings), chart.name)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from sae_steer.errors import InputError
-from sae_steer.files import sha256
 from sae_steer.records import read_json, read_table
-from sae_steer.sae.saelens.files import WEIGHTS_FILE
+from sae_steer.sae.saelens.files import CONFIG_FILE, WEIGHTS_FILE, identity
+from sae_steer.study.plan import check_unedited
 
 Record = Mapping[str, Any]
 
@@ -43,7 +43,7 @@ class DictionaryRecord:
     """Its folder."""
     record: Record
     weights: str | None
-    """The hash of its weights, by which scans and studies name it."""
+    """The hash of its config and weights, by which scans and studies name it."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,19 @@ class RunRecords:
     def read(cls, run: Path) -> "RunRecords":
         """The records in `run`; none at all is an `InputError`."""
         run, table, atlas = Path(run), Path(run) / "scan" / "features.parquet", Path(run) / "intervene" / "atlas"
+        scanned, mapped = _read(run / "scan" / "feature_diff.json", SCAN), _read(atlas / "atlas.json", ATLAS)
         found = cls(
             name=run.resolve().name,
             dictionaries=tuple(
-                DictionaryRecord(path.parent.name, _read(path, TRAINING), _weights(path.parent))
+                DictionaryRecord(path.parent.name, _read(path, TRAINING), _identity(path.parent))
                 for path in sorted(run.glob("saes/*/training.json"))
             ),
-            scan=_read(run / "scan" / "feature_diff.json", SCAN),
-            features=read_table(table) if table.is_file() else None,
+            scan=scanned,
+            features=read_table(table, of=scanned) if table.is_file() else None,
             studies=tuple(_studies(run)),
             layers=_read(run / "layers" / "layers.json", LAYERS),
-            atlas=_read(atlas / "atlas.json", ATLAS),
-            atlas_table=read_table(atlas / "atlas.parquet") if (atlas / "atlas.json").is_file() else None,
+            atlas=mapped,
+            atlas_table=read_table(atlas / "atlas.parquet", of=mapped) if mapped else None,
         )
         if not (found.dictionaries or found.scan or found.studies or found.layers or found.atlas):
             raise InputError(
@@ -170,6 +171,7 @@ def _studies(run: Path) -> Iterator[StudyRecord]:
         record = _read(path, STUDY)
         if record["tested"]:
             _check_keys(path, record, MEASURED, STUDY[0])
+        check_unedited(path.parent, record.get("plan"))
         yield StudyRecord(path.parent.name, record)
 
 
@@ -189,6 +191,5 @@ def _check_keys(path: Path, record: Any, keys: tuple[str, ...], command: str) ->
         )
 
 
-def _weights(folder: Path) -> str | None:
-    weights = folder / WEIGHTS_FILE
-    return sha256(weights) if weights.is_file() else None
+def _identity(folder: Path) -> str | None:
+    return identity(folder) if (folder / WEIGHTS_FILE).is_file() and (folder / CONFIG_FILE).is_file() else None

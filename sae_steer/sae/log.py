@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from sae_steer.files import open_to_append
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepFacts:
@@ -58,6 +60,7 @@ class JsonLines:
         self.path = path
         self._started = time.perf_counter()
         path.parent.mkdir(parents=True, exist_ok=True)
+        open_to_append(path).close()
 
     def step(self, facts: StepFacts) -> None:
         """A line of the step's facts."""
@@ -74,7 +77,7 @@ class JsonLines:
     def _write(self, event: str, facts: dict) -> None:
         # the clock has a key of its own, so that the rest of two equal runs compares equal
         timing = {"seconds": round(time.perf_counter() - self._started, 3)}
-        with open(self.path, "a", encoding="utf-8") as file:
+        with open_to_append(self.path) as file:
             file.write(json.dumps({"event": event, **facts, "timing": timing}) + "\n")
 
 

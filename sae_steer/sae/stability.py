@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -26,8 +27,10 @@ from torch.nn.functional import normalize
 
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
-from sae_steer.records import first_difference, provenance, read_json, read_table, write_json, write_table
+from sae_steer.outputs import writing
+from sae_steer.records import first_difference, hashes_of, provenance, read_record, read_table, write_json, write_table
 from sae_steer.sae.architectures import SparseDictionary
+from sae_steer.shapes import Count, Provenance
 
 RECORD_FILE, TABLE_FILE = "seed_stability.json", "seed_stability.parquet"
 LEVELS = (0.7, 0.9)
@@ -35,6 +38,23 @@ LEVELS = (0.7, 0.9)
 CHANCE_SEED = 0
 MOST_FEATURES = 16_384
 """A match of 4,096 features takes 3 s, and time and memory grow with the square of their number, or faster."""
+
+
+class StabilityRecord(TypedDict):
+    """What is read back of `seed_stability.json`."""
+
+    provenance: Provenance
+    seeds: Count
+    all: "Summary"
+    alive: "Summary | None"
+
+
+class Summary(TypedDict):
+    """How well some features are found by other seeds."""
+
+    features: Count
+    mean: float | None
+    found_in_every_seed: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -148,7 +168,9 @@ def _origin(own: SeedFolder, others: Sequence[SeedFolder]) -> dict:
 def _is_there(folder: Path, origin: Mapping) -> bool:
     path = folder / RECORD_FILE
     parts = ("sae_steer", "settings", "inputs")
-    return path.is_file() and first_difference(read_json(path)["provenance"], origin, parts=parts) is None
+    if not path.is_file():
+        return False
+    return first_difference(read_record(path, StabilityRecord)["provenance"], origin, parts=parts) is None
 
 
 def _save(
@@ -158,24 +180,26 @@ def _save(
     stability: SeedStability,
     chance: Float[np.ndarray, " d_sae"],
 ) -> None:
-    (own.path / RECORD_FILE).unlink(missing_ok=True)
-    columns = {"feature": np.arange(len(stability.mean)), "mean": stability.mean, "least": stability.least}
-    for other, matches, cosines in zip(others, stability.matches, stability.cosines, strict=True):
-        columns |= {f"match/{other.seed}": matches, f"cosine/{other.seed}": cosines}
-    write_table(own.path / TABLE_FILE, columns)
-    pairs = [
-        {"seed": other.seed, "folder": other.path.name, **_summary(cosines)}
-        for other, cosines in zip(others, stability.cosines, strict=True)
-    ]
-    record = {
-        "provenance": origin,
-        "seeds": 1 + len(others),
-        "all": stability.summary(np.ones(len(stability.mean), bool)),
-        "alive": None if own.alive is None else stability.summary(own.alive),
-        "others": pairs,
-        "by_chance": _summary(chance),
-    }
-    write_json(own.path / RECORD_FILE, record)
+    with writing(own.path, (RECORD_FILE, TABLE_FILE)):
+        (own.path / RECORD_FILE).unlink(missing_ok=True)
+        columns = {"feature": np.arange(len(stability.mean)), "mean": stability.mean, "least": stability.least}
+        for other, matches, cosines in zip(others, stability.matches, stability.cosines, strict=True):
+            columns |= {f"match/{other.seed}": matches, f"cosine/{other.seed}": cosines}
+        write_table(own.path / TABLE_FILE, columns)
+        pairs = [
+            {"seed": other.seed, "folder": other.path.name, **_summary(cosines)}
+            for other, cosines in zip(others, stability.cosines, strict=True)
+        ]
+        record = {
+            "provenance": origin,
+            "seeds": 1 + len(others),
+            "all": stability.summary(np.ones(len(stability.mean), bool)),
+            "alive": None if own.alive is None else stability.summary(own.alive),
+            "others": pairs,
+            "by_chance": _summary(chance),
+            "files": hashes_of(own.path, [TABLE_FILE]),
+        }
+        write_json(own.path / RECORD_FILE, record)
 
 
 def _summary(cosines: Float[np.ndarray, " d_sae"]) -> dict:
@@ -185,8 +209,13 @@ def _summary(cosines: Float[np.ndarray, " d_sae"]) -> dict:
 def load_stability(folder: Path, weights: str) -> SeedStability | None:
     """The stability recorded beside the dictionary of these weights; None where there is none of them."""
     path = Path(folder) / RECORD_FILE
-    if not path.is_file() or read_json(path)["provenance"]["inputs"]["dictionary"] != weights:
+    if not path.is_file():
         return None
-    table = read_table(path.with_name(TABLE_FILE))
-    found = [np.stack([table[name] for name in table if name.startswith(kind)]) for kind in ("match/", "cosine/")]
-    return SeedStability(*found)
+    record = read_record(path, StabilityRecord)
+    if record["provenance"]["inputs"]["dictionary"] != weights:
+        return None
+    table = read_table(path.with_name(TABLE_FILE), of=record)
+    found = [[table[name] for name in table if name.startswith(kind)] for kind in ("match/", "cosine/")]
+    if not found[0] or len(found[0]) != len(found[1]):
+        raise InputError(f"{path.with_name(TABLE_FILE)} has no matches; delete {path} and learn the seeds again")
+    return SeedStability(*map(np.stack, found))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from scipy.sparse import csc_array, csr_array
@@ -10,14 +11,30 @@ from scipy.sparse import csc_array, csr_array
 from sae_steer.cache import ActivationCache
 from sae_steer.dictionary import Dictionary
 from sae_steer.errors import InputError
-from sae_steer.records import provenance, read_json, read_table, write_json, write_table
+from sae_steer.outputs import writing
+from sae_steer.records import Facts, hashes_of, provenance, read_json, read_record, read_table, write_json, write_table
 from sae_steer.row_filter import LeftOut
 from sae_steer.scan.features import FeatureScan
 from sae_steer.settings import ScanSettings
+from sae_steer.shapes import Count, Provenance
 
 RECORD_FILE, TABLE_FILE, BY_TASK_FILE = "feature_diff.json", "features.parquet", "by_task.parquet"
+FILES = (RECORD_FILE, TABLE_FILE, BY_TASK_FILE)
 TOP = 20
 """Features listed in the record."""
+
+
+class ScanRecord(TypedDict):
+    """What is read back of `feature_diff.json`; the released study's record has this name too, and no provenance."""
+
+    provenance: Provenance
+    dictionary: str
+    target: str
+    reference: str
+    cells: dict[str, Count]
+    d_sae: Count
+    criteria: ScanSettings
+    rows_left_out: NotRequired[dict | None]
 
 
 def scan_provenance(cache: ActivationCache, dictionary: Dictionary, settings: ScanSettings) -> dict:
@@ -38,7 +55,11 @@ def save_scan(scan: FeatureScan, folder: Path, origin: Mapping) -> Path:
     The record is removed first and written last, so a folder that has one is whole.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, FILES):
+        return _save(scan, folder, origin)
+
+
+def _save(scan: FeatureScan, folder: Path, origin: Mapping) -> Path:
     (folder / RECORD_FILE).unlink(missing_ok=True)
     write_table(folder / TABLE_FILE, scan.columns)
     by_task = {"onsets": scan.trials, **_lists("target", scan.target_hits), **_lists("reference", scan.reference_hits)}
@@ -57,6 +78,7 @@ def save_scan(scan: FeatureScan, folder: Path, origin: Mapping) -> Path:
         "d_sae": scan.d_sae,
         "rows_left_out": scan.left_out and scan.left_out.record(),
         "criteria": asdict(scan.settings),
+        "files": hashes_of(folder, (TABLE_FILE, BY_TASK_FILE)),
         "seed_stability": scan.stability and scan.stability.sha256,
         "top": [scan.row(feature) for feature in scan.top(TOP)],
         "like_2504": scan.row(nearest[0]) if nearest else None,
@@ -87,14 +109,12 @@ def load_scan(folder: Path, dictionary: Dictionary) -> FeatureScan:
     folder = Path(folder)
     if not (folder / RECORD_FILE).is_file():
         raise InputError(f"no scan in {folder}; run `sae-steer scan` first, or name one with --scan")
-    record = read_json(folder / RECORD_FILE)
-    if "provenance" not in record:  # the released study's record has this name too
-        raise InputError(f"{folder / RECORD_FILE} was not written by sae-steer; run `sae-steer scan`")
+    record = read_record(folder / RECORD_FILE, ScanRecord, "run `sae-steer scan --force`")
     if record["provenance"]["inputs"]["dictionary"] != dictionary.sha256:
         raise InputError(
             f"the scan in {folder} is of another dictionary than {dictionary.name}; run `sae-steer scan` again"
         )
-    table, by_task = read_table(folder / TABLE_FILE), read_table(folder / BY_TASK_FILE)
+    table, by_task = (read_table(folder / name, of=record) for name in (TABLE_FILE, BY_TASK_FILE))
     return FeatureScan(
         dictionary=record["dictionary"],
         target=record["target"],
@@ -122,14 +142,17 @@ def _lists(side: str, hits: csc_array) -> dict[str, list[np.ndarray]]:
     }
 
 
-def _hits(side: str, by_task: Mapping[str, np.ndarray], d_sae: int) -> csc_array:
+def _hits(side: str, by_task: Facts, d_sae: int) -> csc_array:
     """[task, d_sae] what `_lists` wrote, or what scans before it did: every count of every task."""
     if f"{side}_hits" in by_task:
         return csc_array(np.stack(list(by_task[f"{side}_hits"])).astype(np.int32))
     features, counts = by_task[f"{side}_features"], by_task[f"{side}_counts"]
-    starts = np.cumsum([0, *map(len, features)])
-    parts = (np.concatenate(list(counts)), np.concatenate(list(features)), starts)
-    return csc_array(csr_array(parts, shape=(len(features), d_sae)))
+    try:
+        starts = np.cumsum([0, *map(len, features)])
+        parts = (np.concatenate(list(counts)), np.concatenate(list(features)), starts)
+        return csc_array(csr_array(parts, shape=(len(features), d_sae)))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{by_task.path} is no table of counts ({error}); run `sae-steer scan --force`") from error
 
 
 def tells_stability(folder: Path, scan: FeatureScan) -> bool:

@@ -13,8 +13,8 @@ from pathlib import Path
 from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import train_sae
 from sae_steer.errors import InputError
-from sae_steer.files import sweep
 from sae_steer.model.readout import TargetMass
+from sae_steer.outputs import writing
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.progress import Progress, silent
@@ -43,6 +43,7 @@ def selftest(
     settings: SelftestSettings | None = None,
     kinds: Sequence[str] = (),
     precision: str = AUTO,
+    force: bool = False,
     on_step: Progress = silent,
 ) -> Path:
     """Run every study that `out` lacks, then write what all that it holds show; returns the record's path.
@@ -50,13 +51,33 @@ def selftest(
     Args:
         kinds: those of `STUDIED` to study; none for all.
         precision: of the products behind their cache and dictionary; the studies themselves are made in float32.
+        force: make the studies that are there anew.
     """
     unknown = set(kinds) - set(STUDIED)
     if unknown:
         raise InputError(f"no kind of study {', '.join(sorted(unknown))}; there are {', '.join(STUDIED)}")
-    settings, ground, out = settings or SelftestSettings(), None, Path(out)
+    settings, out = settings or SelftestSettings(), Path(out)
     planned = list(_planned(settings, kinds or STUDIED))
-    sweep(out / "studies")
+    names = [f"studies/{_path(out, kind, number).name}" for kind, number in planned]
+    with writing(out, [RECORD_FILE, *names], force=force) as output:
+        if output.starts_over(_run(pair, settings), force=force):
+            for made in output.made("studies/*.json"):
+                made.unlink()
+            output.begun(_run(pair, settings))
+        _study(pair, out, settings, planned, precision, on_step)
+        output.ended(_run(pair, settings))
+        return summarise(pair, out, settings=settings)
+
+
+def _study(
+    pair: ModelPair,
+    out: Path,
+    settings: SelftestSettings,
+    planned: Sequence[tuple[str, int]],
+    precision: str,
+    on_step: Progress,
+) -> None:
+    ground = None
     for done, (kind, number) in enumerate(planned):
         path, wanted = _path(out, kind, number), _origin(pair, settings, kind, number)
         if _is_current(path, wanted):
@@ -66,7 +87,6 @@ def selftest(
         found = run_level_study(ground, number) if kind == LEVEL else run_study(ground, kind, number)
         write_json(path, {"provenance": wanted, **found})
     on_step(len(planned), len(planned), "all studies")
-    return summarise(pair, out, settings=settings)
 
 
 def summarise(pair: ModelPair, out: Path, *, settings: SelftestSettings | None = None) -> Path:
@@ -77,9 +97,14 @@ def summarise(pair: ModelPair, out: Path, *, settings: SelftestSettings | None =
         path = _path(Path(out), kind, number)
         if _is_current(path, _origin(pair, settings, kind, number)):
             (levels if kind == LEVEL else studies).append(read_json(path))
-    origin = provenance(settings=settings, inputs={"pair": pair.sha256, "revision": str(REVISION)})
     made_at = Counter(study["provenance"]["commit"] for study in [*studies, *levels])
-    return write_json(Path(out) / RECORD_FILE, {"provenance": origin, "made_at": made_at, **summary(studies, levels)})
+    record = {"provenance": _run(pair, settings), "made_at": made_at, **summary(studies, levels)}
+    with writing(out, [RECORD_FILE]):
+        return write_json(Path(out) / RECORD_FILE, record)
+
+
+def _run(pair: ModelPair, settings: SelftestSettings) -> dict:
+    return provenance(settings=settings, inputs={"pair": pair.sha256, "revision": str(REVISION)})
 
 
 def prepare(pair: ModelPair, out: Path, settings: SelftestSettings, precision: str = AUTO) -> Ground:
@@ -147,5 +172,8 @@ def _is_current(path: Path, wanted: dict) -> bool:
     """Whether a whole record of these settings lies there; what was made otherwise is made anew."""
     if not path.is_file():
         return False
-    found = read_json(path).get("provenance", {})
+    try:
+        found = read_json(path).get("provenance", {})
+    except InputError:  # not whole: made anew
+        return False
     return all(found.get(part) == wanted[part] for part in ("settings", "inputs"))

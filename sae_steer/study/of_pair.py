@@ -31,12 +31,13 @@ from sae_steer.effects.trace import direct_effect, trace
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
 from sae_steer.model.readout import TargetMass
+from sae_steer.outputs import writing
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.progress import Progress, silent
-from sae_steer.records import provenance, read_json, read_table, write_json, write_table
+from sae_steer.records import hashes_of, provenance, read_json, read_table, write_json, write_table
 from sae_steer.settings import SPLITS, InterveneSettings
 from sae_steer.study import gates
-from sae_steer.study.plan import Plan, fix_plan
+from sae_steer.study.plan import PLAN_FILE, Plan, fix_plan
 from sae_steer.study.protocol import check_settings, weigh
 from sae_steer.study.released import deepdive_steering, three_probes
 from sae_steer.study.table import table
@@ -44,6 +45,8 @@ from sae_steer.study.verdict import INVALID
 
 RECORD_FILE, TRIALS_FILE = "results.json", "trials.parquet"
 RELEASED = {"deepdive_steering.json": deepdive_steering, "three_probes.json": three_probes}
+FILES = (RECORD_FILE, TRIALS_FILE, *RELEASED, PLAN_FILE)
+"""What a study's folder is made of."""
 TRACE_TEXTS = 60
 """Confirm texts in which each arm's edit is followed through the blocks above."""
 FIT_TEXTS = 300
@@ -82,20 +85,21 @@ class Study:
         The record is removed first and written last, so a folder that has one is whole.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (RECORD_FILE, TRIALS_FILE, *RELEASED):
-            (folder / name).unlink(missing_ok=True)
-        if self.tested:
-            write_table(folder / TRIALS_FILE, self.trials, (part.columns() for part in self.controls))
-        for name, told in RELEASED.items():
-            write_json(folder / name, told(self.record))
-        return write_json(folder / RECORD_FILE, self.record)
+        with writing(folder, FILES):
+            for name in (RECORD_FILE, TRIALS_FILE, *RELEASED):
+                (folder / name).unlink(missing_ok=True)
+            if self.tested:
+                write_table(folder / TRIALS_FILE, self.trials, (part.columns() for part in self.controls))
+            for name, told in RELEASED.items():
+                write_json(folder / name, told(self.record))
+            record = {**self.record, "files": hashes_of(folder, [TRIALS_FILE] if self.tested else [])}
+            return write_json(folder / RECORD_FILE, record)
 
 
 def load_study(folder: Path) -> Study:
     """A study `Study.save` wrote."""
     record = read_json(Path(folder) / RECORD_FILE)
-    return Study(record, read_table(Path(folder) / TRIALS_FILE, {"family": ""}) if record["tested"] else {})
+    return Study(record, read_table(Path(folder) / TRIALS_FILE, {"family": ""}, of=record) if record["tested"] else {})
 
 
 def study_provenance(

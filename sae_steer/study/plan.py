@@ -7,16 +7,26 @@ seeds) and the content of each split, under a hash. A plan edited after its hash
 
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import tomli_w
 
 from sae_steer.errors import InputError, StaleError
 from sae_steer.files import sha256, write_text
+from sae_steer.shapes import conform
 
 PLAN_FILE = "plan.toml"
+
+
+class PlanContent(TypedDict):
+    """`plan.toml`."""
+
+    hash: str
+    plan: dict
+    changes: NotRequired[list[dict]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,14 @@ def fix_plan(folder: Path, wanted: dict, *, force: bool = False) -> Plan:
         made = Plan(content)
         made.write(folder)
         return made
-    found, known_hash = read_plan(path)
+    try:
+        found, known_hash = read_plan(path)
+    except InputError:
+        if not force:
+            raise
+        made = Plan(content, ({"key": PLAN_FILE, "was": "cut or damaged", "now": "written anew"},))
+        made.write(folder)
+        return made
     edited = found.hash != known_hash
     if edited and not force:
         raise InputError(
@@ -83,9 +100,19 @@ def read_plan(path: Path) -> tuple[Plan, str]:
     """A plan file's content, and the hash written in it."""
     try:
         facts = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        return Plan(facts["plan"], tuple(facts.get("changes", ()))), facts["hash"]
-    except (OSError, ValueError, KeyError) as error:
+        conform(facts, PlanContent, "it")
+    except (OSError, ValueError, RecursionError, InputError) as error:
         raise InputError(f"{path} is no plan ({error}); start a new one with --force") from error
+    return Plan(facts["plan"], tuple(facts.get("changes", ()))), facts["hash"]
+
+
+def check_unedited(folder: Path, recorded: Mapping[str, Any] | None) -> None:
+    """Raise `InputError` if the plan in a finished study's folder is not the one its record was made under."""
+    path = Path(folder) / PLAN_FILE
+    if recorded and path.is_file() and read_plan(path)[0].hash != recorded.get("hash"):
+        raise InputError(
+            f"{path} was edited after the study ended; put back what was changed, or make the study anew with --force"
+        )
 
 
 def _changes(was: dict, now: dict, path: str = "") -> list[dict]:

@@ -16,6 +16,7 @@ from sae_steer.cache import ActivationCache
 from sae_steer.errors import InputError, NotFiniteError
 from sae_steer.files import sha256
 from sae_steer.pair.model_pair import NamedModel
+from sae_steer.records import write_json
 
 
 def test_a_missing_or_cut_shard_is_named(mine):
@@ -57,7 +58,7 @@ def test_a_shard_in_the_place_of_another_is_named(mine):
     first, second, *_ = manifest["shards"]
     shutil.copy(mine / first["file"], mine / second["file"])
     second |= {"bytes": first["bytes"], "sha256": first["sha256"]}
-    (mine / "manifest.json").write_text(json.dumps(manifest))
+    write_json(mine / "manifest.json", manifest)
     (wrong,) = ActivationCache.open(mine).verify()
     assert f"{mine / second['file']} is a shard of another cache, or of another place in this one (file: " in wrong
 
@@ -66,7 +67,7 @@ def test_a_shard_in_the_place_of_another_is_named(mine):
 def test_a_manifest_of_another_model_or_tokenizer_is_found(mine, other, part, named):
     manifest = json.loads((mine / "manifest.json").read_text())
     changed = json.loads((other / "manifest.json").read_text())["models"] if part == "models" else "0" * 64
-    (mine / "manifest.json").write_text(json.dumps({**manifest, part: changed}))
+    write_json(mine / "manifest.json", {**manifest, part: changed})
     wrong = ActivationCache.open(mine).verify()
     assert len(wrong) == len(manifest["shards"])
     assert all(f"({named}: " in line for line in wrong)
@@ -171,7 +172,7 @@ def rewritten(folder: Path, change) -> None:
         change(file)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][0] |= {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_json(folder / "manifest.json", manifest)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -1,6 +1,5 @@
 """A cache begun on one machine and resumed on another is the first's to the byte, or refused in a line."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +8,7 @@ from tiny_cache import SETTINGS, contents, refusal, write
 from sae_steer.cache import ActivationCache, begun_precision
 from sae_steer.capability import Capability, assumed
 from sae_steer.errors import StaleError
+from sae_steer.records import read_json, write_json
 
 AUTO = replace(SETTINGS, precision="auto")
 AMX = Capability(frozenset({"avx2", "avx512", "avx512_bf16", "amx_bf16"}), "an AMX machine")
@@ -72,9 +72,9 @@ def test_another_precision_than_it_was_begun_at_is_refused(tiny, mine):
 
 
 def test_a_cache_of_before_that_does_not_name_its_machine_is_found_at_its_precision(tiny, mine):
-    manifest = json.loads((mine / "manifest.json").read_text())
+    manifest = read_json(mine / "manifest.json")
     del manifest["computed"]
-    (mine / "manifest.json").write_text(json.dumps(manifest))
+    write_json(mine / "manifest.json", manifest)
     with assumed(AMX):
         assert write(tiny, mine, settings=AUTO).manifest == manifest
     assert ActivationCache.open(mine).manifest == manifest

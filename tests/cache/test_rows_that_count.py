@@ -15,7 +15,8 @@ from tiny_pair import PACKAGED
 from sae_steer.cache import ActivationCache, site
 from sae_steer.cache.layout import NORMS
 from sae_steer.errors import InputError
-from sae_steer.files import sha256
+from sae_steer.files import read_tensors, sha256
+from sae_steer.records import write_json
 
 SPECIAL = (1024, 1027, 1028)
 
@@ -46,7 +47,7 @@ def before_norms(cache: ActivationCache, folder):
         with h5py.File(folder / line["file"], "a") as file:
             del file[NORMS]
         line["bytes"], line["sha256"] = (folder / line["file"]).stat().st_size, sha256(folder / line["file"])
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_json(folder / "manifest.json", manifest)
     return folder
 
 
@@ -101,12 +102,13 @@ def test_a_cache_from_before_norms_were_stored_reads_alike_and_keeps_what_it_mea
     assert np.array_equal(measured.counts, new.counts)
     assert measured.selection.left_out == new.selection.left_out
     assert torch.equal(measured.batch(3, 64, 1), new.batch(3, 64, 1))
-    (kept,) = old.glob("norms-*.npy")
+    (kept,) = old.glob("norms-*.safetensors")
     with h5py.File(cache.folder / "shard-00000.h5") as file:
         stored = file[f"{NORMS}/adhd/{site(2)}"][:]
-    assert np.array_equal(np.load(kept)[: len(stored)], stored)
-    kept.write_bytes(kept.read_bytes()[:-8])
-    assert np.array_equal(opened.rows("adhd", 2, "train").counts, new.counts), "one that is cut is measured again"
+    assert np.array_equal(read_tensors(kept)[0][NORMS].numpy()[: len(stored)], stored)
+    for damaged in (kept.read_bytes()[:-8], kept.read_bytes()[:-8] + b"\x00" * 8):
+        kept.write_bytes(damaged)
+        assert np.array_equal(opened.rows("adhd", 2, "train").counts, new.counts), "a damaged one is measured again"
 
 
 def test_a_cache_that_does_not_name_its_special_tokens_asks_for_its_pair(sinks, tmp_path):

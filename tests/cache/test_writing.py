@@ -13,6 +13,7 @@ from sae_steer.cache import ActivationCache, writing
 from sae_steer.errors import InputError, StaleError, SteerError
 from sae_steer.pair.model_pair import NamedModel
 from sae_steer.pair.texts import GeneratedTexts, TextFile
+from sae_steer.records import write_json
 from sae_steer.settings import CorpusSettings
 
 
@@ -125,7 +126,7 @@ def test_a_cache_made_otherwise_is_refused_and_kept(tiny, mine, change, told):
 
 def test_a_half_written_cache_made_otherwise_is_refused_and_kept(tiny, mine):
     manifest = json.loads((mine / "manifest.json").read_text())
-    (mine / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    write_json(mine / "manifest.json", {**manifest, "complete": False})
     before = contents(mine)
     refusal(StaleError, lambda: write(tiny, mine, layers=(1,)))
     assert contents(mine) == before
@@ -167,10 +168,15 @@ def test_a_second_writer_is_refused_while_the_first_one_writes(tiny, whole, tmp_
 
     def write_too(done: int, total: int, note: str = "") -> None:
         if not told:
-            told.append(refusal(SteerError, lambda: write(tiny, tmp_path / "mine")))
+            told.append("")
+            other = threading.Thread(
+                target=lambda: told.append(refusal(SteerError, lambda: write(tiny, tmp_path / "mine")))
+            )
+            other.start()
+            other.join()
 
     write(tiny, tmp_path / "mine", on_rows=write_too)
-    assert "another process is writing" in told[0]
+    assert "another process is writing" in told[1]
     assert contents(tmp_path / "mine") == contents(whole)
 
 

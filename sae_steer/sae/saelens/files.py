@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_steer.errors import InputError
-from sae_steer.files import replacing, write_text
+from sae_steer.errors import InputError, NotFiniteError
+from sae_steer.files import replacing, sha256, write_text
+from sae_steer.records import SEAL
 from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, SparseDictionary, TopKConfig, TopKSAE
 from sae_steer.sae.origin import Origin
 
@@ -27,6 +28,8 @@ NATIVE = {
     "jumprelu": (JumpReLUSAE, JumpReLUConfig, ("d_in", "d_sae")),
 }
 """Architecture -> class, config, and the integers that shape it."""
+WEIGHTS_HASH = "weights_sha256"
+AGAIN = "train or save it again"
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 _FORMAT_VERSION = "6.54.12"  # the SAELens release whose format this is; below 6.0.0 it drops the metadata
@@ -45,14 +48,17 @@ def save_sae(sae: SparseDictionary, folder: Path, *, metadata: dict) -> Path:
     cfg.json is removed first and written last, so a folder that has one is whole.
     """
     folder = Path(folder)
-    facts = _native_facts(sae) if isinstance(sae, LinearSAE) else sae.facts()
+    facts = config_of(sae)
     origin = getattr(sae, "origin", Origin())
     stated = {"hook_name": origin.hook or metadata.get("hook"), "model_name": origin.model or metadata.get("model")}
     stated = {name: value for name, value in stated.items() if value}
-    facts["metadata"] = {**facts["metadata"], **stated, "sae_steer": metadata}
     (folder / CONFIG_FILE).unlink(missing_ok=True)
     with replacing(folder / WEIGHTS_FILE) as scratch:
         save_file({name: weight.cpu().contiguous() for name, weight in sae.state_dict().items()}, scratch)
+    own = {**metadata, WEIGHTS_HASH: sha256(folder / WEIGHTS_FILE)}
+    facts["metadata"] = {**facts["metadata"], **stated, "sae_steer": own}
+    facts = json.loads(json.dumps(facts))
+    facts["metadata"]["sae_steer"][SEAL] = _seal(facts)
     write_text(folder / CONFIG_FILE, json.dumps(facts, indent=2) + "\n")
     return folder
 
@@ -63,13 +69,57 @@ def load_sae(folder: Path) -> SparseDictionary:
     if not (folder / CONFIG_FILE).is_file() and (folder / WEIGHTS_FILE).is_file():
         raise _not_whole(folder)
     facts = _read_config(folder) if (folder / CONFIG_FILE).is_file() else {}
+    _check_weights(folder, facts)
     if _is_of_version_6(facts) and is_plain(facts):
-        return native_sae(facts, _read_weights(folder), Origin.of(facts), str(folder))
+        return _finite(native_sae(facts, _read_weights(folder), Origin.of(facts), str(folder)), folder)
     if not folder.is_dir():
         raise _not_whole(folder)
     from sae_steer.sae.saelens.reading import load_saelens
 
-    return load_saelens(folder)
+    return _finite(load_saelens(folder), folder)
+
+
+def identity(folder: Path) -> str:
+    """The hash of what a dictionary computes and of which stream: its config, its weights, the model and layer."""
+    folder = Path(folder)
+    facts = _read_config(folder)
+    metadata = {**(facts.get("metadata") or {})}
+    own = metadata.pop("sae_steer", None) or {}
+    stream = {key: own.get(key) for key in ("model", "layer", "hook", "model_sha256")}
+    told = json.dumps([{**facts, "metadata": metadata}, stream], sort_keys=True)
+    return sha256(told.encode(), folder / WEIGHTS_FILE)
+
+
+def config_of(sae: SparseDictionary) -> dict[str, Any]:
+    """What a cfg.json says of a dictionary."""
+    return _native_facts(sae) if isinstance(sae, LinearSAE) else sae.facts()
+
+
+def _seal(facts: dict) -> str:
+    """The hash of a config with its metadata, but for the seal itself."""
+    metadata = {**facts["metadata"], "sae_steer": {**facts["metadata"]["sae_steer"], SEAL: None}}
+    return sha256(json.dumps({**facts, "metadata": metadata}, sort_keys=True).encode())
+
+
+def _check_weights(folder: Path, facts: dict) -> None:
+    """Raise `InputError` if the config knows another hash of the weights than they have."""
+    wanted = _own(facts).get(WEIGHTS_HASH)
+    if wanted and (folder / WEIGHTS_FILE).is_file() and sha256(folder / WEIGHTS_FILE) != wanted:
+        raise InputError(f"{folder / WEIGHTS_FILE} is damaged: it does not have the checksum of {CONFIG_FILE}; {AGAIN}")
+
+
+def _finite(sae: SparseDictionary, folder: Path) -> SparseDictionary:
+    for name, weight in sae.state_dict().items():
+        if weight.is_floating_point() and not bool(weight.isfinite().all()):
+            raise NotFiniteError(f"{name} of the dictionary in {folder} holds a NaN or an infinity; {AGAIN}")
+    return sae
+
+
+def _own(facts: dict) -> dict:
+    """What this package wrote into a config's metadata; nothing where it did not."""
+    metadata = facts.get("metadata")
+    own = metadata.get("sae_steer") if isinstance(metadata, dict) else None
+    return own if isinstance(own, dict) else {}
 
 
 def is_plain(facts: dict) -> bool:
@@ -124,8 +174,8 @@ def _is_idle_scale(key: str, weight: Tensor) -> bool:
 def read_metadata(folder: Path) -> dict:
     """The metadata a dictionary was saved with; empty for a dictionary made elsewhere."""
     folder = Path(folder)
-    facts = _read_config(folder) if (folder / CONFIG_FILE).is_file() else {}
-    return (facts.get("metadata") or {}).get("sae_steer") or {}
+    own = _own(_read_config(folder)) if (folder / CONFIG_FILE).is_file() else {}
+    return {key: value for key, value in own.items() if key not in (SEAL, WEIGHTS_HASH)}
 
 
 def _read_config(folder: Path) -> dict:
@@ -133,10 +183,15 @@ def _read_config(folder: Path) -> dict:
         facts = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise _not_whole(folder) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder / CONFIG_FILE} is not JSON ({error}); save it again") from error
     if not isinstance(facts, dict):
         raise InputError(f"{folder / CONFIG_FILE} holds no JSON object; save it again")
+    if SEAL in _own(facts) and _own(facts)[SEAL] != _seal(facts):
+        raise InputError(
+            f"{folder / CONFIG_FILE} was changed after the dictionary was saved; {AGAIN}, or take metadata.sae_steer."
+            f"{SEAL} out of it to read it as it is now"
+        )
     return facts
 
 

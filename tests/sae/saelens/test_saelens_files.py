@@ -25,6 +25,7 @@ def folder(random_sae: TopKSAE, tmp_path: Path) -> Path:
 
 def change(folder: Path, **facts: object) -> None:
     config = json.loads((folder / "cfg.json").read_text())
+    del config["metadata"]["sae_steer"]["seal"]
     (folder / "cfg.json").write_text(json.dumps(config | facts))
 
 
