@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -105,3 +106,28 @@ def test_the_variables_of_the_test_mode_make_any_x86_processor_one_with_avx2_alo
     isa, bfloat16, int8, processor = _read_with(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2")
     assert (isa, bfloat16, int8) == ("avx2", False, False)
     assert processor == capability().processor
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, {benchmarks!r})
+from isa import as_asked, machine, record_path
+as_asked()
+print(json.dumps([machine(), record_path(__file__).name, sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif("avx2" not in capability().instructions, reason="the variables limit x86 processors")
+@pytest.mark.parametrize(
+    ("asked", "isa", "record"), [("native", None, "speed.json"), ("avx2", "avx2", "speed_avx2.json")]
+)
+def test_a_benchmark_starts_anew_on_the_instruction_set_it_is_asked_for(asked, isa, record, tmp_path):
+    script = tmp_path / "speed.py"
+    script.write_text(SCRIPT.format(benchmarks=str(Path(__file__).parents[1] / "experiments" / "benchmarks")))
+    run = subprocess.run(
+        [sys.executable, script, "--isa", asked, "--rows", "3"], capture_output=True, text=True, check=True
+    )
+    machine, name, rest = json.loads(run.stdout)
+    assert (machine["isa"], machine["instructions"]) == (asked, isa or capability().isa)
+    assert machine["processor"] == capability().processor
+    assert (name, rest) == (record, ["--rows", "3"])

@@ -7,14 +7,13 @@ Three readings of the train rows of one stream in one process: with the shards' 
 """
 
 import json
-import platform
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
-import torch
 from cache_rows import RepeatedTexts, random_pair
+from isa import as_asked, machine, record_path
 
 from sae_steer import cache_activations
 from sae_steer.cache import ActivationCache, checking
@@ -53,7 +52,7 @@ def main() -> None:
         batches = seconds(lambda: [rows.batch(step, BATCH, 0) for step in range(1, BATCHES + 1)])
         record = {
             "commit": commit(),
-            "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+            "machine": machine(),
             "cache": {"bytes": size, "rows": rows.n_rows, "shards": len(rows.maps)},
             "seconds_all_checksums": every,
             "seconds_first_opening": first,
@@ -64,8 +63,9 @@ def main() -> None:
     finally:
         shutil.rmtree(folder)
     print(json.dumps(record, indent=1))
-    write_text(Path(__file__).with_suffix(".json"), json.dumps(record, indent=1) + "\n")
+    write_text(record_path(__file__), json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
+    as_asked()
     main()
