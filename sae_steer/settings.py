@@ -213,7 +213,7 @@ class InterveneSettings(Checked):
     bound_cap: Positive = 0.012
     """The largest bound, as a probability; of another measure this default caps none."""
     bootstrap_draws: Count = 10_000
-    controls: Count = CONTROLS["full"]
+    controls: Some = CONTROLS["full"]
     """Directions in each control family at the primary dose."""
     ribbon: Some = 8
     """Of them, how many are read at the other doses, and jointly."""

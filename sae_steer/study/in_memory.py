@@ -4,17 +4,17 @@ No pair folder, no cache. The texts are divided by cluster and seed: maps are fi
 others, and the rest is what the verdict rests on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from sae_steer.dictionary import adopt_dictionary
+from sae_steer.arguments import check, shown
+from sae_steer.cache import ActivationCache
+from sae_steer.dictionary import Dictionary, adopt_dictionary
 from sae_steer.edits.arms import Bench
 from sae_steer.edits.directions import feature_direction, of_vector
 from sae_steer.errors import InputError
@@ -28,27 +28,87 @@ from sae_steer.sae.architectures import SparseDictionary, on_device
 from sae_steer.settings import InterveneSettings
 from sae_steer.study import of_pair as study
 from sae_steer.study.of_pair import Study, dictionary_gate
-from sae_steer.study.protocol import Evidence, weigh
+from sae_steer.study.plan import Plan
+from sae_steer.study.protocol import Evidence, check_settings, weigh
+from sae_steer.study.token_texts import Numbers, token_texts
 from sae_steer.study.verdict import INVALID
 
-SHARES = {"fit": 0.25, "tune": 0.25}
-"""Of the clusters; the others confirm."""
+ALL_BUT_NOTHING = "the total probability of all tokens is 1 whatever a model does; name those of the behaviour"
 
 
-def intervene(models: Any, subject: Any, *, tokens: Tensor | None = None, **options: Any) -> "Study | MemoryStudy":
-    """What a feature or direction does, with a verdict.
+Models = ModelPair | Sequence[object]
+"""A pair, or the reference and the target: each a `Decoder`, a model of transformers or a `HookedTransformer`."""
+Subject = Dictionary | SparseDictionary | nn.Module | Tensor | tuple[str, str]
+"""A dictionary (ours, a SAELens object, or the (release, sae_id) of one), or a vector of the stream."""
+Ids = Sequence[int] | Tensor | np.ndarray
+"""Token ids, or a mask of the vocabulary."""
 
-    `intervene(pair, dictionary, feature=, cache=)` reads a pair and its cache (`study.intervene`);
-    `intervene((reference, target), direction_or_sae, tokens=, positions=, measure=, layer=)` takes what is in
-    memory (`intervene_in_memory`).
+
+def intervene(
+    models: Models,
+    subject: Subject,
+    texts: ActivationCache | Numbers | None = None,
+    *,
+    cache: ActivationCache | None = None,
+    tokens: Numbers | None = None,
+    feature: int | None = None,
+    direction: str | Path | Tensor | None = None,
+    layer: int | None = None,
+    positions: Numbers | int | None = None,
+    measure: Measure | Ids | None = None,
+    lengths: Numbers | None = None,
+    attention_mask: Numbers | None = None,
+    clusters: Numbers | None = None,
+    settings: InterveneSettings | None = None,
+    leave_out: Collection[int] | None = None,
+    plan: Plan | None = None,
+    on_step: Progress = silent,
+) -> "Study | MemoryStudy":
+    """What a feature or direction does to the behaviour, with a verdict; nothing is written.
+
+    `intervene(pair, dictionary, cache, feature=)` reads the texts of a cache, and what the pair calls its behaviour
+    (`of_pair.intervene`, which says what `direction`, `leave_out` and `plan` are);
+    `intervene((reference, target), subject, tokens, positions=, measure=, layer=)` takes what is in memory
+    (`intervene_in_memory`, which says what may stand there).
+
+    Args:
+        texts: a cache, or token ids; `cache=` and `tokens=` name the one and the other.
     """
-    if tokens is not None:
-        return intervene_in_memory(models, subject, tokens=tokens, **options)
-    if not isinstance(models, ModelPair) or "cache" not in options:
+    cache = texts if isinstance(texts, ActivationCache) else cache
+    tokens = tokens if texts is None or isinstance(texts, ActivationCache) else texts
+    of_cache = {"direction": direction, "leave_out": leave_out, "plan": plan}
+    of_memory = {
+        "layer": layer, "positions": positions, "measure": measure, "lengths": lengths,
+        "attention_mask": attention_mask, "clusters": clusters,
+    }  # fmt: skip
+    if (cache is None) == (tokens is None):
         raise InputError(
             "interventions need texts: give tokens= and positions= with models in memory, or cache= with a pair"
         )
-    return study.intervene(models, subject, **options)
+    if tokens is not None:
+        _refuse(of_cache, "texts in memory", of_memory)
+        for name in ("layer", "positions", "measure"):
+            if of_memory[name] is None:
+                raise InputError(f"texts in memory need {name}=; give layer=, positions= and measure=")
+        return intervene_in_memory(
+            models, subject, tokens=tokens, **of_memory, feature=feature, settings=settings, on_step=on_step
+        )
+    _refuse(of_memory, "a cache", of_cache)
+    if not isinstance(models, ModelPair) or not isinstance(subject, Dictionary):
+        raise InputError(
+            "a cache is read with its pair and a dictionary of it, as load_pair and load_dictionary give them; give "
+            "tokens= for other models"
+        )
+    return study.intervene(
+        models, subject, feature=feature, cache=cache, settings=settings, on_step=on_step, **of_cache
+    )
+
+
+def _refuse(strange: Mapping[str, object], texts: str, own: Mapping[str, object]) -> None:
+    """Arguments that mean nothing for this kind of texts."""
+    for name, value in strange.items():
+        if value is not None:
+            raise InputError(f"{name}= means nothing with {texts}, which takes {', '.join(f'{key}=' for key in own)}")
 
 
 @dataclass(frozen=True)
@@ -86,16 +146,17 @@ class MemoryStudy:
 
 
 def intervene_in_memory(
-    models: ModelPair | Sequence[Any],
-    subject: Any,
+    models: Models,
+    subject: Subject,
     *,
     layer: int,
-    tokens: Int[Tensor, "text pos"],
-    positions: Bool[Tensor, "text pos"],
-    measure: Measure | Sequence[int],
+    tokens: Numbers,
+    positions: Numbers | int,
+    measure: Measure | Ids,
     feature: int | None = None,
-    lengths: Int[Tensor, " text"] | None = None,
-    clusters: Int[Tensor, " text"] | None = None,
+    lengths: Numbers | None = None,
+    attention_mask: Numbers | None = None,
+    clusters: Numbers | None = None,
     settings: InterveneSettings | None = None,
     on_step: Progress = silent,
 ) -> MemoryStudy:
@@ -105,21 +166,33 @@ def intervene_in_memory(
         models: reference and target, each a `Decoder`, a Hugging Face `LlamaForCausalLM` or a `HookedTransformer`.
         subject: a vector of the target's stream after block `layer`, or a dictionary of it (ours, a SAELens
             object, or a SAELens (release, sae_id)) of which `feature` is tested.
-        tokens: right-padded.
-        positions: where to edit and read.
+        tokens: ids [text, pos], a tensor, an array or lists; padded on either side where `attention_mask` says so.
+        positions: where to edit and read: a mask of the tokens' shape, or token indices, one or several a text, -1 for
+            a text's last.
         measure: next-token logits [row, vocab] -> a number a row, or token ids whose total probability is meant.
-        lengths: tokens of each text that are no padding; by default all.
+        lengths: tokens of each right-padded text that are no padding; by default all.
+        attention_mask: 1 where a token is no padding, instead of `lengths`.
         clusters: which texts belong together, the unit of every interval; by default each text alone.
 
     Raises:
-        InputError: too few clusters, a direction or dictionary of another width, no position marked.
+        InputError: too few clusters, a direction or dictionary of another width, no position marked, ids that the
+            models do not have, padding nobody told of.
     """
     reference, target = (_named(name, m) for name, m in zip(("reference", "target"), _two(models), strict=True))
     target.model.check_layer(layer, "the target model")
-    found = measure if callable(measure) else TargetMass(tuple(int(token) for token in measure))
-    probability = isinstance(found, TargetMass)
     settings = settings or InterveneSettings()
-    texts = _texts(tokens, positions, lengths, clusters, found.ids if probability else (), settings.seed)
+    if not 0 < settings.upstream <= layer:
+        raise InputError(
+            f"cannot inject {settings.upstream} layers upstream of layer {layer}; set upstream to 1 or more, and take "
+            "a layer that has as many below it"
+        )
+    check_settings(settings)
+    d_vocab = min(model.model.shape.d_vocab for model in (reference, target))
+    found = measure_of(measure, target.model.shape.d_vocab, d_vocab)
+    texts = token_texts(
+        tokens, positions, d_vocab=d_vocab, lengths=lengths, attention_mask=attention_mask, clusters=clusters,
+        target=found.ids if isinstance(found, TargetMass) else (), seed=settings.seed,
+    )  # fmt: skip
     sae = None if isinstance(subject, Tensor) else on_device(_dictionary(subject), target.model.device)
     bench = Bench(
         reference=reference,
@@ -140,7 +213,31 @@ def intervene_in_memory(
     return MemoryStudy(weigh(arms, confirm, found, settings, known_gates=known, on_step=on_step), None)
 
 
-def _two(models: ModelPair | Sequence[Any]) -> Sequence[Any]:
+def measure_of(measure: Measure | Ids, width: int, d_vocab: int) -> Measure:
+    """A function of logits that gives one finite number a row, or the probability of ids, each counted once."""
+    if callable(measure) and not isinstance(measure, TargetMass):
+        values = measure(torch.zeros(2, width))
+        if not isinstance(values, Tensor) or values.shape != (2,) or not values.isfinite().all():
+            raise InputError(
+                f"the measure makes {shown(values)} of logits [2, {width}]; it must make one finite number a row, [2]"
+            )
+        return measure
+    named = measure.ids if isinstance(measure, TargetMass) else measure
+    if isinstance(named, Tensor | np.ndarray):
+        named = torch.as_tensor(named)
+        mask = named.dtype == torch.bool and tuple(named.shape) == (width,)
+        named = (named.nonzero()[:, 0] if mask else named).flatten().tolist()
+    ids = tuple(dict.fromkeys(check("measure", named, tuple[int, ...])))
+    if not ids:
+        raise InputError("the measure names no token; give ids of the behaviour's first tokens")
+    if outside := [token for token in ids if not 0 <= token < d_vocab]:
+        raise InputError(f"the measure names token {outside[0]}, and both models have ids 0 to {d_vocab - 1}")
+    if len(ids) == width:
+        raise InputError(ALL_BUT_NOTHING)
+    return TargetMass(ids)
+
+
+def _two(models: Models) -> Sequence[object]:
     if isinstance(models, ModelPair):
         return models.reference.model, models.target.model
     if len(models) != 2:
@@ -148,14 +245,14 @@ def _two(models: ModelPair | Sequence[Any]) -> Sequence[Any]:
     return models
 
 
-def _named(name: str, model: Any) -> NamedModel:
+def _named(name: str, model: object) -> NamedModel:
     """The model under its name in the study, and the name transformers loaded it by, if it is no folder's."""
     named = NamedModel.of(name, model)
     loaded_as = getattr(getattr(model, "config", None), "name_or_path", None) or ""
     return replace(named, source={"from": HUB + loaded_as}) if loaded_as and not Path(loaded_as).exists() else named
 
 
-def _dictionary(subject: Any) -> SparseDictionary:
+def _dictionary(subject: Subject) -> SparseDictionary:
     if isinstance(subject, SparseDictionary):
         return subject
     from sae_steer.sae.saelens.reading import pretrained_saelens, saelens_in_memory
@@ -170,12 +267,16 @@ def _dictionary(subject: Any) -> SparseDictionary:
     return saelens_in_memory(subject, "the SAE in memory")
 
 
-def _direction(bench: Bench, subject: Any, sae: SparseDictionary | None, feature: int | None, confirm: Sequence[Text]):
+def _direction(
+    bench: Bench, subject: Subject, sae: SparseDictionary | None, feature: int | None, confirm: Sequence[Text]
+):
     """The direction, the gates known beforehand, and why it cannot be tested, if so."""
     d_model = bench.target.model.shape.d_model
     if sae is None:
         if subject.numel() != d_model:
             raise InputError(f"the direction has {subject.numel()} numbers and the stream {d_model} dimensions")
+        if not subject.isfinite().all() or not subject.any():
+            raise InputError("the direction is zero or not finite; give a vector that points somewhere")
         return of_vector("a vector", subject.reshape(d_model), None), [], None
     if feature is None:
         raise InputError("a dictionary has many directions; name one with feature=")
@@ -183,43 +284,3 @@ def _direction(bench: Bench, subject: Any, sae: SparseDictionary | None, feature
     direction = feature_direction(sae, feature, *bench.sizing_rows)
     known, _, reason = dictionary_gate(bench, adopted, direction, confirm, feature)
     return direction, known, reason
-
-
-def _texts(
-    tokens: Tensor, positions: Tensor, lengths: Tensor | None, clusters: Tensor | None, ids: Sequence[int], seed: int
-) -> list[Text]:
-    """The texts with their marked positions, divided by cluster."""
-    tokens, positions = tokens.cpu(), positions.cpu()
-    if tokens.shape != positions.shape:
-        raise InputError(f"tokens are {tuple(tokens.shape)} and positions {tuple(positions.shape)}; mark every token")
-    count = len(tokens)
-    ends = torch.full((count,), tokens.shape[1]) if lengths is None else lengths.cpu()
-    task = np.arange(count) if clusters is None else clusters.cpu().numpy()
-    splits = _splits(task, seed)
-    texts = []
-    for number, end in enumerate(ends.tolist()):
-        token, marked = tokens[number, :end].numpy(), positions[number, :end].numpy().astype(bool)
-        follows = np.append(np.isin(token[1:], list(ids)), False)
-        texts.append(
-            Text(
-                prompt=number,
-                task=int(task[number]),
-                variant=0,
-                split=splits[int(task[number])],
-                token=token,
-                is_onset=marked,
-                step=np.where(marked, 0, -1),
-                next_is_target=marked & follows,
-                true_p=np.full(end, np.nan),
-            )
-        )
-    if not any(text.is_onset.any() for text in texts):
-        raise InputError("positions marks no token; mark those to edit and read")
-    return texts
-
-
-def _splits(task: np.ndarray, seed: int) -> dict[int, str]:
-    """{cluster: its split}."""
-    found = np.random.default_rng([seed, 61]).permutation(np.unique(task)).tolist()
-    fit, tune = (round(share * len(found)) for share in SHARES.values())
-    return {name: "fit" if i < fit else "tune" if i < fit + tune else "confirm" for i, name in enumerate(found)}

@@ -11,9 +11,11 @@ import sae_steer as ss
 from sae_steer.effects.units import cap_of
 from sae_steer.errors import InputError
 from sae_steer.model.loading import save_decoder
+from sae_steer.model.readout import TargetMass
 from sae_steer.sae.saelens.adapter import sae_lens
 from sae_steer.sae.saelens.files import save_sae
 from sae_steer.settings import InterveneSettings
+from sae_steer.study.in_memory import measure_of
 
 SETTINGS = InterveneSettings(
     doses=(0.0, 1.0), controls=99, ribbon=2, calibration=5, joint_control_prompts=4, bootstrap_draws=400,
@@ -144,7 +146,9 @@ def test_what_cannot_be_studied_is_told_in_one_line(toy_pair, texts, ids, cause)
         ss.intervene(toy_pair, toy_sae(), measure=ids, **texts)
     with pytest.raises(InputError, match="marks no token"):
         ss.intervene(toy_pair, cause, measure=ids, **{**texts, "positions": torch.zeros(TEXTS, 24, dtype=torch.bool)})
-    with pytest.raises(InputError, match="neither a vector nor a dictionary"):
+    with pytest.raises(
+        InputError, match=r"subject of intervene is a ndarray of float64 \[16\], and takes a Dictionary or"
+    ):
         ss.intervene(toy_pair, np.ones(16), measure=ids, **texts)
     with pytest.raises(InputError, match="give tokens= and positions="):
         ss.intervene(toy_pair, cause)
@@ -221,3 +225,84 @@ def test_texts_read_at_their_last_token_are_studied_whatever_their_lengths(toy_p
     shifted = {**texts, "tokens": tokens.masked_fill(torch.arange(24) >= lengths[:, None], 5)}
     again = effects(ss.intervene(toy_pair, cause, **shifted))
     assert again == pytest.approx(moved, abs=1e-6), "what stands in the padding does not matter"
+
+
+def test_left_padded_texts_give_the_effects_of_the_same_texts_padded_on_the_right(toy_pair, texts, ids, cause):
+    few = {**texts, "settings": FEW}
+    ends = torch.arange(TEXTS) % 3 + 22
+    columns = torch.arange(24) - (24 - ends)[:, None]
+    mask = columns >= 0
+    left = {name: texts[name].gather(1, columns.clamp(min=0)).masked_fill(~mask, 0) for name in ("tokens", "positions")}
+    plain = ss.intervene(toy_pair, cause, measure=ids, **few, lengths=ends)
+    shifted = ss.intervene(toy_pair, cause, measure=ids, **{**few, **left}, attention_mask=mask)
+    assert effects(shifted) == pytest.approx(effects(plain), abs=1e-6)
+    with pytest.raises(InputError, match="looks like padding on the left; say which tokens are real: attention_mask="):
+        ss.intervene(toy_pair, cause, measure=ids, **{**few, **left})
+
+
+def test_an_id_named_twice_is_counted_once_and_a_mask_of_the_vocabulary_means_its_ids(ids):
+    mask = torch.zeros(1029, dtype=torch.bool)
+    mask[ids] = True
+    for named in (ids, ids + ids, np.array(ids), torch.tensor(ids), mask, TargetMass((*ids, *ids))):
+        assert measure_of(named, 1029, 1029) == TargetMass(tuple(ids))
+
+
+@pytest.mark.parametrize(
+    ("measure", "told"),
+    [
+        ([], "names no token"),
+        ([-1], "names token -1, and both models have ids 0 to 1028"),
+        ([5, 1029], "names token 1029"),
+        (
+            [2.5],
+            r"measure of intervene is \[2\.5\], and takes a Callable or a sequence, each a whole number or a Tensor",
+        ),
+        (range(1029), "total probability of all tokens is 1"),
+        ("Sip", "measure of intervene is 'Sip', and takes a Callable or"),
+        (
+            lambda logits: logits.mean(),
+            r"the measure makes .* of logits \[2, 1029\]; it must make one finite number a row",
+        ),
+        (lambda logits: logits[..., 0] / 0, "one finite number a row"),
+    ],
+)
+def test_a_measure_of_nothing_is_refused(toy_pair, texts, cause, measure, told):
+    with pytest.raises(InputError, match=told):
+        ss.intervene(toy_pair, cause, measure=measure, **texts)
+
+
+def test_directions_and_depths_that_cannot_be_studied_are_refused(toy_pair, texts, ids, cause):
+    for vector in (torch.zeros(16), cause * torch.nan):
+        with pytest.raises(InputError, match="the direction is zero or not finite"):
+            ss.intervene(toy_pair, vector, measure=ids, **texts)
+    with pytest.raises(InputError, match="cannot inject 1 layers upstream of layer 0"):
+        ss.intervene(toy_pair, cause, measure=ids, **{**texts, "layer": 0})
+    with pytest.raises(InputError, match="the target model has no layer 9"):
+        ss.intervene(toy_pair, cause, measure=ids, **{**texts, "layer": 9})
+    with pytest.raises(InputError, match=r"one cluster|of 1 cluster; a quarter of them"):
+        ss.intervene(toy_pair, cause, measure=ids, **texts, clusters=[0] * TEXTS)
+    with pytest.raises(InputError, match=r"is not in this dictionary|feature 99"):
+        ss.intervene(toy_pair, toy_sae(), feature=99, measure=ids, **texts)
+
+
+def test_texts_stand_third_and_what_means_nothing_with_them_is_refused(
+    toy_pair, toy_cache, toy_dictionary, texts, ids, cause
+):
+    few = {name: value for name, value in texts.items() if name != "tokens"}
+    tokens = texts["tokens"]
+    with pytest.raises(InputError, match="intervals over tasks need 30"):  # as far as a study gets on few texts
+        ss.intervene(
+            toy_pair, cause, tokens[:30].tolist(), measure=ids, **{**few, "positions": texts["positions"][:30]}
+        )
+    with pytest.raises(InputError, match="leave_out= means nothing with texts in memory"):
+        ss.intervene(toy_pair, cause, tokens, measure=ids, leave_out=[1], **few)
+    with pytest.raises(InputError, match="measure= means nothing with a cache, which takes direction="):
+        ss.intervene(toy_pair, toy_dictionary, toy_cache, feature=FEATURE, measure=ids)
+    with pytest.raises(InputError, match=r"texts in memory need measure=; give layer="):
+        ss.intervene(toy_pair, cause, tokens, positions=texts["positions"], layer=2)
+    with pytest.raises(InputError, match="a cache is read with its pair and a dictionary of it"):
+        ss.intervene(toy_pair, cause, toy_cache)
+    with pytest.raises(InputError, match="intervene has no argument 'measur'; did you mean 'measure'"):
+        ss.intervene(toy_pair, cause, tokens, measur=ids)
+    with pytest.raises(InputError, match="models of intervene is 'small', and takes a ModelPair or a sequence"):
+        ss.intervene("small", cause, tokens)
