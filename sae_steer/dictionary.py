@@ -11,6 +11,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 import torch
 
+from sae_steer import budget
 from sae_steer.cache import ActivationCache, site
 from sae_steer.capability import decide
 from sae_steer.errors import InputError
@@ -128,6 +129,9 @@ def train_saes(
     world = world or World.local(precision=wanted[0].settings.precision)
     wanted = _decided(wanted, world, force)
     parts = [Part(one, origin_of(cache, one, layer)) for one in wanted]
+    shared, streams = wanted[0].settings, cache.manifest["models"]
+    sizes = [(streams[one.model]["d_model"], one.settings.d_sae) for one in wanted]
+    budget.dictionaries(sizes, shared.rows, shared.batch_size).check(world.device)
     with ExitStack() as held:
         if world.is_first and not all(part.is_done(force=force) for part in parts):
             for part in parts:

@@ -304,7 +304,7 @@ class SteerSettings(Checked):
 class SelftestSettings(Checked):
     """How often the verdict is put to the test, on planted pairs whose truth is known, and on how much data."""
 
-    studies: Count = 60
+    studies: Annotated[int, Range(1, 100_000)] = 60
     """Of each kind of planted pair."""
     tasks: Count = 100
     """Tasks a study draws from the population, one text each: as many as a null needs."""
@@ -322,7 +322,7 @@ class SelftestSettings(Checked):
     """Of the population on which the truth is measured: 3,108 texts of 444 tasks."""
     fresh: Count = 100
     """Fresh directions of each family that a study on the level of the specificity test ranks among the controls."""
-    level_studies: Some = 12
+    level_studies: Annotated[int, Range(0, 100_000)] = 12
     bootstrap_draws: Count = 4_000
     train_plans: Count = 1_500
     """Plans the dictionary is learned on."""

@@ -15,7 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from sae_steer import budget
 from sae_steer.cache.checking import damaged_shards
 from sae_steer.cache.dealing import ShardTexts, deal_texts, rows_that_fit
 from sae_steer.cache.layout import FORMAT, LABELS, MANIFEST, MOMENTS, NORMS, Manifest, origin
@@ -68,6 +70,9 @@ def cache_activations(
         raise InputError(f"the texts come in {len(source.variants)} renderings, and a cache numbers {MOST_VARIANTS}")
     layers = tuple(sorted(set(layers)))
     _check(pair, layers, settings)
+    if isinstance(source, GeneratedTexts):
+        each = 2 * sum(model.model.shape.d_model for model in pair.models) * len(layers)
+        budget.streams(source.count, each).check(torch.device("cpu"), out)
     if settings.rows_per_shard is None:
         begun = None if force else _rows_begun(out)
         settings = replace(settings, rows_per_shard=begun or rows_that_fit(_width(pair) * len(layers)))

@@ -63,6 +63,11 @@ class GeneratedTexts:
     settings: CorpusSettings = field(default_factory=CorpusSettings)
     variants: tuple[str, ...] = VARIANTS
 
+    @property
+    def count(self) -> int:
+        """Texts in all."""
+        return len(self.variants) * sum(getattr(self.settings, f"{split}_plans") for split in SPLITS)
+
     def identity(self) -> dict:
         """The corpus settings and the renderings."""
         return {"corpus": asdict(self.settings), "variants": self.variants}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from sae_steer import budget
 from sae_steer.capability import capability
 from sae_steer.corpus import LENIENT_KEYWORDS, REGULATION_PHRASES, SPECIALS, VARIANTS, PlanTokenizer, write_plans
 from sae_steer.errors import InputError
@@ -88,6 +89,8 @@ def train_pair(
     if settings.preset not in PRESETS:
         raise InputError(f"no preset {settings.preset!r}; there are {', '.join(PRESETS)}")
     folder, world = Path(folder), world or World.local()
+    shape = PRESETS[settings.preset]
+    budget.models(shape.n_layers * 3 * shape.d_model * shape.d_mlp, settings.tokens).check(world.device)
     world = world.finishing(None if force else begun_precision(folder), f"the pair in {folder}")
     identity = {**asdict(settings), "precision": world.precision}
     wanted = provenance(settings=identity, inputs={})
