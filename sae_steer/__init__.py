@@ -9,6 +9,9 @@
     study = ss.intervene(pair, sae, feature=scan.top(1)[0], cache=cache)
     print(study.table())
 
+What needs a folder (`out=`) writes there and is found again there by its inputs: `cache_activations`, `train_sae`,
+`find_or_scan`, `find_or_intervene`. `scan_features` and `intervene` compute the same and write nothing.
+
 Names are imported on first use, so that `import sae_steer` costs nothing. Functions are handed out with their arguments
 checked (`arguments.checked`): what does not fit its annotation is refused in one line before anything runs.
 """
@@ -50,6 +53,8 @@ _HOME = {
     "cache_activations": "cache",
     "ce_recovered": "effects.splicing",
     "edited": "model.replay",
+    "find_or_intervene": "pipeline",
+    "find_or_scan": "pipeline",
     "intervene": "study.in_memory",
     "layer_probability": "findings.layer_probability",
     "load_dictionary": "dictionary",

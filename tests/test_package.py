@@ -1,6 +1,8 @@
 """The package as installed: its layers, its names, and what importing it costs."""
 
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
@@ -26,6 +28,16 @@ def test_every_public_name_is_there():
     for name in sae_steer.__all__:
         assert getattr(sae_steer, name).__doc__, name
     assert dir(sae_steer) == sae_steer.__all__ == sorted(sae_steer.__all__)
+
+
+def test_the_stub_names_every_public_name_from_where_it_is():
+    stub = Path(sae_steer.__file__).with_suffix(".pyi").read_text()
+    homes = re.findall(r"^from sae_steer\.([\w.]+) import (\w+) as \2$", stub, re.MULTILINE)
+    assert sorted(name for _, name in homes) == sae_steer.__all__
+    for home, name in homes:
+        assert inspect.unwrap(getattr(sae_steer, name)) is inspect.unwrap(
+            getattr(importlib.import_module(f"sae_steer.{home}"), name)
+        )
 
 
 def test_an_unknown_name_is_an_attribute_error():
