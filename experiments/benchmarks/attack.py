@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import torch
+from isa import machine
 from toy import write_toy_pair
 
 from sae_steer.cli import main
@@ -206,5 +207,5 @@ class Record:
         here[ended] = here.get(ended, 0) + 1
         if bad is not None:
             self.bad.append({"kind": kind, "ended": ended, **bad})
-        content = {"commit": commit(), "total": self.total, "tries": self.tries, "bad": self.bad}
+        content = {"commit": commit(), "machine": machine(), "total": self.total, "tries": self.tries, "bad": self.bad}
         write_text(self.path, json.dumps(content, indent=1) + "\n")

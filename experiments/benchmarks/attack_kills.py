@@ -21,6 +21,7 @@ from pathlib import Path
 
 import attack
 from attack import COMMANDS, SEEDS, Outcome, Record, contents, forked, inside, run
+from isa import as_asked, record_path
 
 DRAWS = 12
 """Kills at most before a round is let through."""
@@ -64,7 +65,7 @@ def targets() -> list[Target]:
 def main() -> None:
     """Kill until every target has had its kills."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--out", type=Path, default=record_path(__file__))
     parser.add_argument("--base", type=Path, default=Path(tempfile.gettempdir()) / "sae-steer-attack")
     parser.add_argument("--share", type=float, default=1.0, help="Of the kills; less for a first look.")
     asked = parser.parse_args()
@@ -175,4 +176,5 @@ def together(target: Target, after: float | None, draw: random.Random | None = N
 
 
 if __name__ == "__main__":
+    as_asked()
     main()
