@@ -390,9 +390,9 @@ def test_a_basis_that_predicts_nothing_is_invalid_by_gate_5(toy_pair, toy_cache,
 
     real = transport.bridge
 
-    def shuffled(x_fit, y_fit, x_test, y_test, device):
+    def shuffled(x_fit, y_fit, x_test, y_test, device, every):
         order = np.random.default_rng(0).permutation(len(x_test))
-        return real(x_fit, y_fit, x_test, 3 * y_test[order] + 50, device)
+        return real(x_fit, y_fit, x_test, 3 * y_test[order] + 50, device, every)
 
     monkeypatch.setattr("sae_steer.edits.arms.bridge", shuffled)
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "5")
