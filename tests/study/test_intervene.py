@@ -321,9 +321,10 @@ def test_a_dictionary_that_does_not_fit_is_refused(toy_pair, toy_cache, toy_dict
 
 
 def test_settings_that_cannot_be_met_are_refused(toy_pair, toy_cache, toy_dictionary):
-    for upstream in (0, 3):
-        settings = dataclasses.replace(EXACT, upstream=upstream)
-        refused(toy_pair, toy_cache, toy_dictionary, f"cannot inject {upstream} layers upstream of layer 2", settings)
+    with pytest.raises(InputError, match="upstream is 0, and takes a whole number of at least 1"):
+        dataclasses.replace(EXACT, upstream=0)
+    settings = dataclasses.replace(EXACT, upstream=3)
+    refused(toy_pair, toy_cache, toy_dictionary, "cannot inject 3 layers upstream of layer 2", settings)
     settings = dataclasses.replace(EXACT, primary_dose=3.0)
     refused(toy_pair, toy_cache, toy_dictionary, "the primary dose 3.0 is not among the doses", settings)
     few = dataclasses.replace(EXACT, prompts=20, min_tasks=5)
