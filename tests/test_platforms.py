@@ -14,7 +14,7 @@ ELSEWHERE = """
 import os, pkgutil, sys
 import concurrent.futures.thread, logging, random, threading  # the interpreter's own, which know their system
 import torch
-for name in ("resource", "pwd", "grp", "termios"):
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None  # importing it fails, as on Windows
 del os.register_at_fork
 import sae_steer
