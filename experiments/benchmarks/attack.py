@@ -145,8 +145,9 @@ def finish(process, ours, *, kill_after: float | None = None) -> Outcome:
 
 
 def workplace(folder: Path) -> Path:
-    """A folder where every command has run; made once, used again if it is whole."""
-    if not (folder / "whole").is_file():
+    """A folder where every command has run; made once, used again if it is whole and of this code."""
+    mark = folder / "whole"
+    if not mark.is_file() or mark.read_text() != commit():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         write_toy_pair(folder / "toy")
@@ -154,7 +155,7 @@ def workplace(folder: Path) -> Path:
             for arguments in (*COMMANDS.values(), SEEDS):
                 outcome = forked(lambda arguments=arguments: run(*arguments))
                 assert outcome.code == 0, (arguments, outcome)
-        (folder / "whole").write_text("")
+        mark.write_text(str(commit()))
     return folder
 
 
