@@ -194,3 +194,64 @@ def test_an_installed_package_without_a_checkout_has_no_commit(monkeypatch, tmp_
     monkeypatch.setenv("PATH", "")  # a checkout on a machine without git
     assert records.commit() is None
     records.commit.cache_clear()
+
+
+def sealed(tmp_path):
+    return write_json(tmp_path / "r.json", {"provenance": provenance(settings=SETTINGS, inputs=INPUTS), "share": 0.25})
+
+
+def test_a_record_is_read_back_without_its_seal_and_layout_does_not_matter(tmp_path):
+    path = sealed(tmp_path)
+    content = json.loads(path.read_text())
+    assert records.read_json(path) == {key: value for key, value in content.items() if key != "seal"}
+    path.write_text(json.dumps(content, indent=7, sort_keys=True))
+    assert records.read_json(path)["share"] == 0.25
+
+
+@pytest.mark.parametrize("bit", range(0, 8 * 200, 61))
+def test_a_flipped_bit_in_a_record_is_found_or_changes_nothing(tmp_path, bit):
+    path = sealed(tmp_path)
+    before = records.read_json(path)
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+    told = None
+    try:
+        after = records.read_json(path)
+    except InputError as error:
+        told = str(error)
+    if told is None:
+        assert {key: value for key, value in after.items() if key in before} == before
+    else:
+        assert str(path) in told
+        assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', '{"a": ' + "9" * 5_000 + "}", "\ufeff{}"],
+)
+def test_a_file_that_is_no_whole_record_is_one_line(tmp_path, content):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(InputError, match="is not a whole record"):
+        records.read_json(tmp_path / "r.json")
+
+
+def test_a_key_that_a_record_lacks_is_named_wherever_it_is_asked_for(tmp_path):
+    path = sealed(tmp_path)
+    with pytest.raises(InputError, match=r"r\.json lacks 'doses'; it was written by another version") as refused:
+        records.read_json(path)["provenance"]["doses"]
+    assert isinstance(refused.value, KeyError)
+
+
+def test_a_table_that_is_not_its_records_is_found(tmp_path):
+    records.write_table(tmp_path / "t.parquet", {"x": np.arange(3)})
+    record = {"files": records.hashes_of(tmp_path, ["t.parquet"])}
+    assert records.read_table(tmp_path / "t.parquet", of=record)["x"].tolist() == [0, 1, 2]
+    records.write_table(tmp_path / "t.parquet", {"x": np.arange(4)})
+    with pytest.raises(InputError, match="is not the table its record was written with"):
+        records.read_table(tmp_path / "t.parquet", of=record)
+
+
+def test_what_errors_quote_cannot_command_a_terminal():
+    assert str(InputError("model \x1b[2J'\u202e' is\nnone")) == "model \\x1b[2J'\\u202e' is\nnone"

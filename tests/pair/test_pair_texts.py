@@ -6,8 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sae_steer.corpus import write_plans
+from sae_steer.corpus import read_texts, write_plans
 from sae_steer.errors import InputError
+from sae_steer.files import sha256
+from sae_steer.pair import texts
 from sae_steer.pair.texts import GeneratedTexts, TextFile, TextSource
 from sae_steer.settings import SPLITS, CorpusSettings
 
@@ -150,3 +152,23 @@ def test_an_empty_or_special_token_only_file_is_refused(tmp_path, content):
     path.write_text(content)
     with pytest.raises(InputError, match=r"empty\.txt"):
         TextFile.read(path)
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
+    path = tmp_path / "texts.txt"
+    path.write_text("one\ntwo\n")
+
+    def slow(name):
+        lines = read_texts(name)
+        path.write_text("one\ntwo\nthree\n")
+        return lines
+
+    identity = TextFile.read(path).identity()
+    monkeypatch.setattr(texts, "read_texts", slow)
+    with pytest.raises(InputError, match="was changed while it was read"):
+        TextFile.read(path)
+    monkeypatch.undo()
+    file = TextFile.read(path)
+    path.write_text("another\n")
+    assert file.identity() != identity
+    assert file.identity()["texts"] == sha256(b"one\ntwo\nthree\n"), "what was read, not what is there now"

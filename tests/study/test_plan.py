@@ -3,7 +3,7 @@
 import pytest
 
 from sae_steer.errors import InputError, StaleError
-from sae_steer.study.plan import PLAN_FILE, fix_plan, read_plan
+from sae_steer.study.plan import PLAN_FILE, check_unedited, fix_plan, read_plan
 
 WANTED = {
     "direction": "feature 7",
@@ -48,3 +48,25 @@ def test_a_file_that_is_no_plan_is_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match="is no plan") as caught:
         fix_plan(tmp_path, WANTED)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "hash = 3", "[" * 50_000, 'hash = "a"\nplan = 3', "\x00", None])
+def test_a_plan_that_cannot_be_read_is_replaced_by_force_which_lists_it(tmp_path, content):
+    fix_plan(tmp_path, WANTED)
+    path = tmp_path / PLAN_FILE
+    path.write_text(path.read_text()[:60] if content is None else content)
+    with pytest.raises(InputError, match=r"is no plan .*--force"):
+        fix_plan(tmp_path, WANTED)
+    made = fix_plan(tmp_path, WANTED, force=True)
+    assert [change["was"] for change in made.changes] == ["cut or damaged"]
+    assert fix_plan(tmp_path, WANTED).changes == made.changes
+
+
+def test_a_plan_edited_after_the_study_ended_is_noticed(tmp_path):
+    recorded = fix_plan(tmp_path, WANTED).record()
+    check_unedited(tmp_path, recorded)
+    check_unedited(tmp_path, None)
+    path = tmp_path / PLAN_FILE
+    path.write_text(path.read_text().replace("seed = 0", "seed = 1"))
+    with pytest.raises(InputError, match="was edited after the study ended"):
+        check_unedited(tmp_path, recorded)
