@@ -14,7 +14,6 @@ from sae_steer.effects.measure import OnsetRows
 from sae_steer.model.readout import Measure
 from sae_steer.model.replay import CleanPass
 from sae_steer.pair.model_pair import NamedModel
-from sae_steer.world import in_threads
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Place:
                 if checks:
                     found.checked[place] = by_checked.reshape(found.checked.shape[1:])
 
-            in_threads(at, range(start, start + len(onset)), model.device)
+            model.each(at, range(start, start + len(onset)))
             start += len(onset)
         return found
 

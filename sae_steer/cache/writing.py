@@ -26,7 +26,7 @@ from sae_steer.cache.shard import finished_shards, write_shard
 from sae_steer.cache.storage import AUTO, DTYPES, narrowest
 from sae_steer.capability import capability, decide
 from sae_steer.errors import InputError, StaleError
-from sae_steer.model.batching import length_batches, pad
+from sae_steer.model.rows import real_rows
 from sae_steer.model.streams import stream_reader
 from sae_steer.outputs import Output, is_ours, writing
 from sae_steer.pair.model_pair import ModelPair, NamedModel
@@ -34,7 +34,7 @@ from sae_steer.pair.texts import GeneratedTexts, Text, TextSource
 from sae_steer.progress import Progress, silent
 from sae_steer.records import already_done, provenance, read_json, read_record, write_json
 from sae_steer.settings import DEFAULT_LAYER, CacheSettings
-from sae_steer.world import World, in_threads, keep_freed_memory
+from sae_steer.world import World, keep_freed_memory
 
 ON_GPU = 32
 """How many times the settings' batch a GPU reads at once."""
@@ -292,20 +292,5 @@ def _streams(
     """{layer: [row, d_model] float32} over the texts' rows, in order."""
     world = World.local(precision=settings.precision, device=str(model.model.device))
     read = stream_reader(model.model, layers, world)
-    starts = np.cumsum([0, *(len(text) for text in texts)])
-    streams = {layer: np.empty((starts[-1], model.model.shape.d_model), dtype=np.float32) for layer in layers}
     together = settings.tokens_per_batch * (1 if world.device.type == "cpu" else ON_GPU)
-    batches = list(length_batches([len(text) for text in texts], together))
-
-    def place(batch: list[int]) -> None:
-        for layer, resid in read(pad([texts[i].token.tolist() for i in batch], 0)).items():
-            values = resid.cpu().numpy()
-            for row, i in enumerate(batch):
-                streams[layer][starts[i] : starts[i + 1]] = values[row, : len(texts[i])]
-
-    if model.model.threads:
-        in_threads(place, batches, world.device)
-    else:
-        for batch in batches:
-            place(batch)
-    return streams
+    return real_rows([text.token for text in texts], read, each=model.model.each, tokens_per_batch=together)

@@ -22,13 +22,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_steer.align import AffineMap, BasisCheck, basis_check, choose_ridge, fit_affine, fit_procrustes
-from sae_steer.model.batching import length_batches, pad
+from sae_steer.model.batching import length_batches
 from sae_steer.model.language_model import LanguageModel
+from sae_steer.model.rows import TOKENS_PER_BATCH, real_streams
 from sae_steer.pair.texts import Text
 from sae_steer.randomness import generator
 from sae_steer.row_filter import RowFilter, RowsThatCount
 
-TOKENS_PER_BATCH = 4_096
 FIT_ROWS = 30_000
 """Rows a map is fitted on at most."""
 
@@ -111,7 +111,8 @@ class PairedRows:
         order = [i for batch in length_batches([len(text) for text in texts], TOKENS_PER_BATCH) for i in batch]
         ordered = [texts[i] for i in order]
         token, is_onset = (np.concatenate([getattr(text, name) for text in ordered]) for name in ("token", "is_onset"))
-        streams = [_streams(model, ordered, layers) for model in (target, reference)]
+        tokens = [text.token for text in ordered]
+        streams = [real_streams(model, tokens, layers) for model in (target, reference)]
         chosen = (row_filter or RowFilter()).of_streams(token, is_onset, [*streams[0].values(), *streams[1].values()])
         return cls(
             target=streams[0],
@@ -174,16 +175,3 @@ def embedding_check(
     fit, test = ([table[half] for table in tables] for half in halves)
     every = tables[0][order[rows // 2 :]], tables[1][order[rows // 2 :]]
     return basis_check(*fit, *test, every=every)
-
-
-@torch.no_grad()
-def _streams(model: LanguageModel, texts: Sequence[Text], layers: tuple[int, ...]) -> dict[int, np.ndarray]:
-    """{layer: [row, d_model]} float32, every position of the texts in their order."""
-    found: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-    for batch in length_batches([len(text) for text in texts], TOKENS_PER_BATCH):
-        tokens = pad([texts[i].token.tolist() for i in batch], 0).to(model.device)
-        lengths = torch.tensor([len(texts[i]) for i in batch], device=model.device)
-        real = torch.arange(tokens.shape[1], device=model.device) < lengths[:, None]
-        for layer, resid in model.resid_posts(tokens, layers).items():
-            found[layer].append(resid[real].float().cpu().numpy())
-    return {layer: np.concatenate(parts) for layer, parts in found.items()}

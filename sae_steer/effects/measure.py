@@ -14,14 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_steer.edits.edit import Fan, Patch
-from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.readout import Measure, TargetMass, divergence, nats, off_target_nats
 from sae_steer.model.replay import CleanPass, Edit, gather
+from sae_steer.model.rows import padded
 from sae_steer.pair.texts import Text
-from sae_steer.world import in_threads
 
-TOKENS_PER_BATCH = 4_096
 ELSEWHERE = "elsewhere"
 """The position control: as many random positions of each text that are no onsets."""
 
@@ -80,20 +78,20 @@ class OnsetRows:
         random = np.random.default_rng([seed, 43])
         kept = [i for i, positions in enumerate(chosen) if len(positions)]
         batches, rows = [], []
-        for batch in length_batches([len(texts[i]) for i in kept], TOKENS_PER_BATCH):
-            members = [kept[i] for i in batch]
+        for batch in padded([texts[i].token for i in kept]):
+            members = [kept[i] for i in batch.members]
             width = max(len(chosen[i]) for i in members)
             counts = torch.tensor([len(chosen[i]) for i in members])
-            padded = np.stack([np.resize(chosen[i], width) for i in members])
-            elsewhere = torch.zeros(len(members), max(len(texts[i]) for i in members), dtype=torch.bool)
+            repeated = np.stack([np.resize(chosen[i], width) for i in members])
+            elsewhere = torch.zeros(batch.tokens.shape, dtype=torch.bool)
             for row, i in enumerate(members):
                 others = random.permutation(np.flatnonzero(~texts[i].is_onset))[: len(chosen[i])]
                 elsewhere[row, torch.from_numpy(others)] = True
             batches.append(
                 OnsetBatch(
-                    tokens=pad([texts[i].token.tolist() for i in members], 0),
-                    lengths=torch.tensor([len(texts[i]) for i in members]),
-                    positions=torch.from_numpy(padded.astype(np.int64)),
+                    tokens=batch.tokens,
+                    lengths=batch.lengths,
+                    positions=torch.from_numpy(repeated.astype(np.int64)),
                     real=torch.arange(width) < counts[:, None],
                     elsewhere=elsewhere,
                 )
@@ -162,9 +160,9 @@ class Request:
             sides = divergence(base, known), others
             return torch.stack([measure(logits).double(), moved.double(), *sides])
 
-        first = in_threads(under, self.edits[:1], device)[0]
+        first = clean.model.each(under, self.edits[:1])[0]
         base = nats(first[0])
-        others = in_threads(lambda edit: column(*under(edit)), self.edits[1:], device)
+        others = clean.model.each(lambda edit: column(*under(edit)), self.edits[1:])
         return torch.stack([column(*first), *others], dim=-1).cpu().unbind(0)
 
     def _single(
@@ -205,7 +203,7 @@ class FanRequest:
                 return clean.read_many(row, position, self.fan(here, lengths[row, slot]), measure)
             return clean.read_many(row, position, here[None], measure).expand(len(self.fan))
 
-        values = in_threads(at, batch.real.nonzero().tolist(), before.device)
+        values = clean.model.each(at, batch.real.nonzero().tolist())
         return (torch.stack(values).double().cpu(),)
 
 

@@ -24,7 +24,6 @@ from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.quality import sample_plans, step_counts
 from sae_steer.pair.texts import Text
 from sae_steer.settings import InterveneSettings
-from sae_steer.world import in_threads
 
 STEPS, STRICT, LENIENT = range(3)
 MATCHERS = {"strict": STRICT, "lenient": LENIENT}
@@ -82,8 +81,7 @@ class SampledArms:
 
         batches = [range(start, min(start + together, seeds)) for start in range(0, seeds, together)]
         with edit:
-            drawn = in_threads(draw, batches, device) if model.model.threads else map(draw, batches)
-            texts = [text for part in drawn for text in part]
+            texts = [text for part in model.model.each(draw, batches) for text in part]
         return step_counts(texts, self.pair).reshape(seeds, len(titles), 3).transpose(1, 0, 2)
 
 

@@ -30,11 +30,11 @@ from torch.nn.functional import cross_entropy
 from sae_steer import stats
 from sae_steer.cache import ActivationCache
 from sae_steer.dictionary import Dictionary
-from sae_steer.effects.measure import TOKENS_PER_BATCH, OnsetBatch, OnsetRows
+from sae_steer.effects.measure import OnsetBatch, OnsetRows
 from sae_steer.errors import InputError
-from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.replay import CleanPass
+from sae_steer.model.rows import real_rows
 from sae_steer.outputs import writing
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
@@ -178,13 +178,11 @@ def _positions(
 @torch.no_grad()
 def _norms(model: LanguageModel, texts: Sequence[Text], layer: int) -> Float[np.ndarray, " row"]:
     """The length of the stream at every position, text after text."""
-    found: list[Float[np.ndarray, " row"]] = [np.zeros(0, np.float32)] * len(texts)
-    for batch in length_batches([len(text) for text in texts], TOKENS_PER_BATCH):
-        tokens = pad([texts[i].token.tolist() for i in batch], 0).to(model.device)
-        norms = model.resid_posts(tokens, (layer,))[layer].double().norm(dim=-1).float().cpu().numpy()
-        for i, row in zip(batch, norms, strict=True):
-            found[i] = row[: len(texts[i])]
-    return np.concatenate(found)
+
+    def run(tokens: Tensor) -> dict[int, Tensor]:
+        return {layer: model.resid_posts(tokens.to(model.device), (layer,))[layer].double().norm(dim=-1).float()}
+
+    return real_rows([text.token for text in texts], run)[layer]
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from sae_steer import stats
 from sae_steer.cache import ActivationCache
 from sae_steer.errors import InputError
-from sae_steer.model.batching import length_batches, pad
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.readout import target_mass
+from sae_steer.model.rows import padded
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import Text
 from sae_steer.progress import Progress, silent
@@ -24,7 +24,6 @@ from sae_steer.records import provenance
 from sae_steer.settings import LayersSettings
 
 RECORD_FILE = "layers.json"
-TOKENS_PER_BATCH = 4_096
 
 
 def layers_provenance(pair: ModelPair, cache: ActivationCache, settings: LayersSettings) -> dict:
@@ -87,13 +86,10 @@ def onset_masses(
     """Target mass at every onset after every block, and the task of each row."""
     columns, layers = torch.tensor(target, device=model.device), tuple(range(model.shape.n_layers))
     parts, tasks = [], []
-    for batch in length_batches([len(text) for text in texts], TOKENS_PER_BATCH):
-        tokens = pad([texts[i].token.tolist() for i in batch], 0).to(model.device)
-        onset = torch.zeros(tokens.shape, dtype=torch.bool)
-        for row, i in enumerate(batch):
-            onset[row, : len(texts[i])] = torch.from_numpy(texts[i].is_onset)
-            tasks.append(np.full(int(texts[i].is_onset.sum()), texts[i].task))
-        streams = model.resid_posts(tokens, layers)
+    for batch in padded([text.token for text in texts]):
+        onset = batch.placed([text.is_onset for text in texts])
+        tasks += [np.full(int(texts[i].is_onset.sum()), texts[i].task) for i in batch.members]
+        streams = model.resid_posts(batch.tokens.to(model.device), layers)
         masses = [target_mass(model.unembed(streams[layer][onset.to(model.device)]), columns) for layer in layers]
         parts.append(torch.stack(masses, dim=1).cpu().numpy())
     return np.concatenate(parts), np.concatenate(tasks)

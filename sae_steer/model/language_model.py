@@ -1,14 +1,18 @@
 """What the rest of the package asks of a model, whoever runs it: our `Decoder`, or TransformerLens through `lens`."""
 
 import hashlib
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sae_steer.errors import InputError
+from sae_steer.world import in_threads
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Shape(Protocol):
@@ -92,6 +96,10 @@ class LanguageModel(Protocol):
     @property
     def described(self) -> str:
         """All that fixes the function besides the weights."""
+
+    def each(self, work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """[work(item) for every item], work that runs this model: side by side where it may."""
+        return in_threads(work, items, self.device) if self.threads else [work(item) for item in items]
 
     def check_layer(self, layer: int, name: str = "the model") -> None:
         """Raise `InputError` unless there is a block `layer`."""

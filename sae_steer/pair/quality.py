@@ -7,7 +7,7 @@ import torch
 
 from sae_steer.align import basis_check
 from sae_steer.corpus import is_lenient, is_target, parse_plan, write_plans
-from sae_steer.model.batching import pad
+from sae_steer.model.rows import real_streams
 from sae_steer.model.sampling import sample
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.progress import Progress, silent
@@ -129,11 +129,5 @@ def _that_count(pair: ModelPair, texts: list[str], streams: list[dict[int, np.nd
 
 def _stacked(pair: ModelPair, model: NamedModel, texts: list[str], layers: tuple[int, ...]) -> dict[int, np.ndarray]:
     """{layer: [row, d_model]} over every position of the texts."""
-    rows: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
-    for start in range(0, len(texts), 32):
-        ids = [pair.tokenizer.encode(text) for text in texts[start : start + 32]]
-        tokens = pad(ids, 0).to(model.model.device)
-        real = torch.arange(tokens.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
-        for layer, resid in model.model.resid_posts(tokens, layers).items():
-            rows[layer].append(resid.cpu()[real].double().numpy())
-    return {layer: np.concatenate(parts) for layer, parts in rows.items()}
+    rows = real_streams(model.model, [pair.tokenizer.encode(text) for text in texts], layers)
+    return {layer: resid.astype(np.float64) for layer, resid in rows.items()}

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sae_steer.edits.directions import unembedding
-from sae_steer.model.batching import pad
 from sae_steer.model.decoder import Decoder
+from sae_steer.model.rows import Padded
 from sae_steer.pair.texts import Text
 from sae_steer.selftest.surgery import plant_neuron, widened
 
@@ -124,10 +124,8 @@ class _Sample:
 
     @classmethod
     def of(cls, texts: Sequence[Text]) -> "_Sample":
-        ids = pad([text.token.tolist() for text in texts], 0)
-        onset, real = torch.zeros(ids.shape, dtype=torch.bool), torch.zeros(ids.shape, dtype=torch.bool)
-        for row, text in enumerate(texts):
-            onset[row, : len(text)], real[row, : len(text)] = torch.from_numpy(text.is_onset), True
+        batch = Padded.of([text.token for text in texts])
+        ids, real, onset = batch.tokens, batch.real, batch.placed([text.is_onset for text in texts])
         return cls(ids, real, onset, real & torch.isin(ids, ids[onset].unique()))
 
     def marked(self, random: np.random.Generator) -> list[int]:

@@ -11,6 +11,7 @@ from tiny_pair import SHAPE, lively
 
 from sae_steer.cache import ActivationCache, writing
 from sae_steer.errors import InputError, StaleError, SteerError
+from sae_steer.model import rows
 from sae_steer.pair.model_pair import NamedModel
 from sae_steer.pair.texts import GeneratedTexts, TextFile
 from sae_steer.records import write_json
@@ -25,7 +26,7 @@ def test_written_twice_the_files_are_the_same(tiny, whole, tmp_path):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_bytes_do_not_depend_on_how_many_threads_share_the_batches(tiny, tmp_path, precision, monkeypatch):
     settings = replace(SETTINGS, precision=precision, tokens_per_batch=300)
-    right, threads = writing.pad, torch.get_num_threads()
+    right, threads = rows.pad, torch.get_num_threads()
 
     def cached(count: int) -> dict[str, bytes]:
         meet, seen = threading.Barrier(count), set()
@@ -36,7 +37,7 @@ def test_the_bytes_do_not_depend_on_how_many_threads_share_the_batches(tiny, tmp
                 meet.wait(30)  # as many threads as wanted run at once, or this breaks
             return right(*arguments)
 
-        monkeypatch.setattr(writing, "pad", pad)
+        monkeypatch.setattr(rows, "pad", pad)
         torch.set_num_threads(count)
         write(tiny, tmp_path / str(count), settings=settings)
         return contents(tmp_path / str(count))

@@ -7,8 +7,8 @@ from toy import CAUSE, FEATURE, SHAPE
 
 from sae_steer.edits.controls import isotropic
 from sae_steer.edits.edit import Control, Donor, Fan, Inject, Patch, ZeroAblate
-from sae_steer.effects import measure
 from sae_steer.effects.measure import FanRequest, OnsetRows, Request, read, unedited
+from sae_steer.model import rows
 from sae_steer.model.readout import TargetMass
 from sae_steer.randomness import generator
 
@@ -126,7 +126,7 @@ def test_texts_without_a_chosen_onset_are_left_out(texts, chosen):
 
 def test_readings_do_not_depend_on_how_texts_are_batched(pair, texts, chosen, onsets, edits, monkeypatch):
     together = read(pair.target.model, 2, [Request(onsets, [edits["inject"]])], MASS)[0]
-    monkeypatch.setattr(measure, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(rows, "TOKENS_PER_BATCH", 1)
     apart = OnsetRows.of(texts, chosen)
     assert len(apart.batches) == len(texts)
     alone = read(pair.target.model, 2, [Request(apart, [edits["inject"]])], MASS)[0]

@@ -8,8 +8,8 @@ import torch
 
 from sae_steer import stats
 from sae_steer.errors import InputError
-from sae_steer.findings import layer_probability as layers
 from sae_steer.findings.layer_probability import layer_probability, onset_masses
+from sae_steer.model import rows
 from sae_steer.settings import LayersSettings
 
 TARGET = (366, 417, 431)
@@ -45,7 +45,7 @@ def test_the_last_layer_is_the_models_own_output(pair, texts):
 
 def test_masses_do_not_depend_on_how_texts_are_batched(pair, texts, monkeypatch):
     together = by_task(*onset_masses(pair.reference.model, texts, TARGET))
-    monkeypatch.setattr(layers, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(rows, "TOKENS_PER_BATCH", 1)
     np.testing.assert_allclose(by_task(*onset_masses(pair.reference.model, texts, TARGET)), together, atol=1e-6)
 
 

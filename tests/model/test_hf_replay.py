@@ -1,6 +1,7 @@
 """Replay on any model of `transformers` is the full pass with a hook on its block."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -123,3 +124,13 @@ def test_an_edit_that_meets_no_position_is_an_error():
     _, ours = adapted("Qwen2")
     with pytest.raises(NotDeliveredError), edited(ours, "blocks.1.hook_resid_post", lambda rows: rows, after=(60,)):
         ours(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_threads_that_read_one_model_wait_for_one_another():
+    _, ours = adapted("Gemma 2")
+    alone = ours.resid_posts(TOKENS, (0, 2)), ours(TOKENS)
+    with ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(ours.resid_posts, TOKENS, (0, 2)) for _ in range(12)]
+        logits = [pool.submit(ours, TOKENS) for _ in range(12)]
+        assert all(torch.equal(part.result()[layer], alone[0][layer]) for part in streams for layer in (0, 2))
+        assert all(torch.equal(part.result(), alone[1]) for part in logits)

@@ -6,6 +6,7 @@ forward with every block skipped.
 
 import inspect
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ NOT_OF_THE_FUNCTION = (
     "use_cache", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 """Fields of a `transformers` config on which no output depends."""
+ONE_AT_A_TIME = threading.RLock()
+"""Held for the length of a forward, while blocks stand in places."""
 PROBE = 12
 """Tokens of the text by which a model's parts are found."""
 
@@ -45,7 +48,7 @@ class HFShape:
 class HFModel(nn.Module, LanguageModel):
     """A `transformers` causal language model. What has no stream, norm or head of its own is an `InputError`."""
 
-    threads = False  # its blocks are put in places for the length of a call
+    threads = False  # they would wait for one another
 
     def __init__(self, hf: nn.Module):
         super().__init__()
@@ -186,11 +189,12 @@ class HFModel(nn.Module, LanguageModel):
         if self.equation is None:
             return self.unembed(resid + change)
         normed = self.equation.frozen(resid, change).reshape(-1, 1, self.width).to(self.dtype)
-        hook = self.norm.register_forward_hook(lambda module, inputs, output: normed)
-        try:
-            return self.unembed(resid)
-        finally:
-            hook.remove()
+        with ONE_AT_A_TIME:
+            hook = self.norm.register_forward_hook(lambda module, inputs, output: normed)
+            try:
+                return self.unembed(resid)
+            finally:
+                hook.remove()
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits."""
@@ -199,7 +203,7 @@ class HFModel(nn.Module, LanguageModel):
     def go(self, run: Run, tokens: Int[Tensor, "batch pos"], **inputs: Any) -> Any:
         """One forward of the model with its blocks in their places; None where the run ends below the logits."""
         inputs = {"use_cache": False, **inputs}
-        with in_place(self.parts.blocks, self.places, run):
+        with ONE_AT_A_TIME, in_place(self.parts.blocks, self.places, run):
             try:
                 return self.hf(input_ids=tokens, **inputs)
             except Done:
