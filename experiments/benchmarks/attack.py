@@ -32,7 +32,7 @@ from sae_steer.model.decoder import DecoderSettings
 from sae_steer.outputs import LEDGER
 from sae_steer.pair import training
 from sae_steer.records import commit
-from sae_steer.settings import PRESETS
+from sae_steer.settings import PRESETS, PairTrainingSettings, SAESettings
 
 PATIENCE = 240.0
 """Seconds after which a command counts as hanging."""
@@ -80,7 +80,9 @@ class Outcome:
 
 @contextmanager
 def tiny_training() -> Iterator[None]:
-    """`train-pair --preset tiny` takes a second."""
+    """`train-pair --preset tiny` takes a second, and both trainings leave checkpoints on the way."""
+    SAESettings.__init__.__kwdefaults__["checkpoint_every"] = 4
+    PairTrainingSettings.__init__.__kwdefaults__["checkpoint_every"] = 4
     PRESETS["tiny"] = DecoderSettings(
         n_layers=2, n_heads=2, n_kv_heads=2, d_model=16, d_head=8, d_mlp=24, d_vocab=400 + 5
     )
