@@ -6,14 +6,16 @@
 """
 
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from matplotlib.figure import Figure
 
+from sae_steer.errors import InputError, SteerError
 from sae_steer.files import replacing, write_text
 from sae_steer.outputs import writing
 from sae_steer.progress import Progress, silent
@@ -58,11 +60,26 @@ def write_report(run: Path, *, force: bool = False, on_step: Progress = silent) 
         force: put a page or figures that somebody else made aside.
     """
     run = Path(run)
-    records = RunRecords.read(run)
-    drawings = charts(records)
-    figures = [f"{FIGURES_FOLDER}/{chart.name}.{ending}" for chart in drawings for ending in ("png", "svg")]
-    with writing(run, [PAGE_FILE, *figures], force=force):
-        return _write(run, records, drawings, on_step)
+    with _as_written(run):
+        records = RunRecords.read(run)
+        drawings = charts(records)
+        figures = [f"{FIGURES_FOLDER}/{chart.name}.{ending}" for chart in drawings for ending in ("png", "svg")]
+        with writing(run, [PAGE_FILE, *figures], force=force):
+            return _write(run, records, drawings, on_step)
+
+
+@contextmanager
+def _as_written(run: Path) -> Iterator[None]:
+    """A record changed by hand, its seal taken out, may hold anything anywhere: that is one line too."""
+    try:
+        yield
+    except SteerError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, UndefinedError) as error:
+        raise InputError(
+            f"a record in {run} has another shape than this version writes ({' '.join(str(error).split())[:200]}); "
+            "make the records anew with --force"
+        ) from error
 
 
 def _write(run: Path, records: RunRecords, drawings: list["Chart"], on_step: Progress) -> Path:

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from base64 import b64decode
@@ -6,9 +7,10 @@ from html import unescape
 import pytest
 from report_records import feature_table, layers, scan, study, untested
 
-from sae_steer.errors import InputError
+from sae_steer.errors import InputError, SteerError
 from sae_steer.records import write_json
 from sae_steer.report import numbers
+from sae_steer.report import page as report_page
 from sae_steer.report.page import page, write_report
 from sae_steer.report.run import RunRecords
 
@@ -223,3 +225,15 @@ def test_the_atlas_tables_what_stands_out_most_and_is_left_out_without_a_record(
     assert "Silent in the tune texts, so without a size: 211" in html
     shutil.rmtree(run / "intervene" / "atlas")
     assert "Atlas" not in page(RunRecords.read(run), {})
+
+
+@pytest.mark.parametrize(("key", "value"), [("top", "text"), ("top", [3]), ("criteria", []), ("provenance", 3)])
+def test_a_record_of_another_shape_is_one_line(run, key, value, monkeypatch):
+    monkeypatch.setattr(report_page, "charts", lambda records: [])
+    path = run / "scan" / "feature_diff.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**{name: part for name, part in record.items() if name != "seal"}, key: value}))
+    with pytest.raises(SteerError) as told:
+        write_report(run)
+    assert "\n" not in str(told.value)
+    assert "--force" in str(told.value)
