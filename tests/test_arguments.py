@@ -10,12 +10,14 @@ from typing import Annotated, Literal
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 import sae_steer as ss
 from sae_steer import settings as page
 from sae_steer.arguments import Checked, Count, Positive, Range, check, checked, nearest
+from sae_steer.cli import main
 from sae_steer.errors import InputError, SteerError, visible
 
 
@@ -191,3 +193,21 @@ def test_every_public_function_refuses_a_strange_first_argument_in_one_line(name
 
 def test_what_reaches_the_screen_moves_no_cursor():
     assert visible("a\x1b[2Jb\r\x07\n é漢") == "a\\x1b[2Jb\\r\\x07\n é漢"
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("train-sae --lr nan", "--lr is nan, and takes a number above 0"),
+        ("train-sae --warmup -1", "--warmup is -1.0, and takes a number from 0 to 1"),
+        ("train-pair --lr 0", "--lr is 0.0, and takes a number above 0"),
+        ("intervene --bound -1", "--bound is -1.0, and takes a number above 0 and at most 1"),
+        ("intervene --bound nan", "--bound is nan, and takes"),
+        ("scan --max-q 2", "--max-q is 2.0, and takes a number from 0 to 1"),
+        ("scan --min-rate x", "--min-rate is 'x', and takes a number from 0 to 1"),
+    ],
+)
+def test_the_command_line_refuses_by_the_same_ranges_under_its_own_names(command, told):
+    result = CliRunner().invoke(main, command.split())
+    assert result.exit_code == 2
+    assert told in result.stderr

@@ -8,6 +8,7 @@ import click
 from sae_steer.cli.group import main
 from sae_steer.cli.options import (
     COUNT,
+    Knob,
     force_option,
     keep_option,
     layer_option,
@@ -42,9 +43,21 @@ from sae_steer.settings import SAESettings
 )
 @click.option("--rows", default=SAESettings.rows, type=COUNT, help="Rows read in all.")
 @click.option("--batch-size", default=SAESettings.batch_size, type=COUNT, help="Rows a step.")
-@click.option("--lr", "peak", type=float, help="Peak learning rate.  [default: 2e-3 * sqrt(4096 / d_sae)]")
-@click.option("--warmup", default=SAESettings.warmup, help="Share of the steps in which the learning rate rises.")
-@click.option("--k-warmup", default=SAESettings.k_warmup, help="Share of the steps in which k falls from four times.")
+@click.option(
+    "--lr", "peak", type=Knob(SAESettings, "lr"), help="Peak learning rate.  [default: 2e-3 * sqrt(4096 / d_sae)]"
+)
+@click.option(
+    "--warmup",
+    type=Knob(SAESettings, "warmup"),
+    default=SAESettings.warmup,
+    help="Share of the steps in which the learning rate rises.",
+)
+@click.option(
+    "--k-warmup",
+    type=Knob(SAESettings, "k_warmup"),
+    default=SAESettings.k_warmup,
+    help="Share of the steps in which k falls from four times.",
+)
 @click.option("--patience", "wait", type=COUNT, help="Rows without a better FVE before it ends.  [default: never]")
 @precision_option
 @click.option(

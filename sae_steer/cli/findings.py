@@ -6,6 +6,7 @@ from sae_steer.cli.group import main
 from sae_steer.cli.options import (
     COUNT,
     SOME,
+    Knob,
     dictionary_options,
     force_option,
     keep_option,
@@ -23,9 +24,21 @@ from sae_steer.settings import LayersSettings, ScanSettings
 @main.command()
 @dictionary_options
 @click.option("--top", default=10, type=SOME, help="How many of the most specific features to print.")
-@click.option("--min-rate", default=ScanSettings.min_rate, help="Least firing rate at the target model's onsets.")
-@click.option("--max-q", default=ScanSettings.max_q, help="Largest q over all features.")
-@click.option("--min-ratio", default=ScanSettings.min_ratio, help="Least ratio of the two models' rates.")
+@click.option(
+    "--min-rate",
+    type=Knob(ScanSettings, "min_rate"),
+    default=ScanSettings.min_rate,
+    help="Least firing rate at the target model's onsets.",
+)
+@click.option(
+    "--max-q", type=Knob(ScanSettings, "max_q"), default=ScanSettings.max_q, help="Largest q over all features."
+)
+@click.option(
+    "--min-ratio",
+    type=Knob(ScanSettings, "min_ratio"),
+    default=ScanSettings.min_ratio,
+    help="Least ratio of the two models' rates.",
+)
 @keep_option
 @out_option
 @force_option

@@ -9,6 +9,7 @@ from sae_steer.cli.group import main
 from sae_steer.cli.options import (
     COUNT,
     SOME,
+    Knob,
     dictionary_options,
     force_option,
     keep_option,
@@ -45,7 +46,12 @@ from sae_steer.settings import CONTROLS, POSITIONS, AtlasSettings, InterveneSett
     "--positions", type=click.Choice(POSITIONS), default=InterveneSettings.positions, help="Where joint edits stand."
 )
 @click.option("--upstream", default=InterveneSettings.upstream, type=COUNT, help="Layers below, of that variant.")
-@click.option("--bound", default=InterveneSettings.bound_share, help="The bound, as a share of the models' gap.")
+@click.option(
+    "--bound",
+    type=Knob(InterveneSettings, "bound_share"),
+    default=InterveneSettings.bound_share,
+    help="The bound, as a share of the models' gap.",
+)
 @click.option("--prompts", default=InterveneSettings.prompts, type=COUNT, help="Confirm-split texts at most.")
 @click.option(
     "--generations", default=InterveneSettings.generations, type=SOME, help="Sampled plans an arm; 0 for none."

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_type_hints
 
 import click
 
+from sae_steer.arguments import check
+from sae_steer.errors import InputError
 from sae_steer.settings import AUTO, DEFAULT_LAYER, DEFAULT_PAIR, PRECISIONS
 
 
@@ -50,6 +53,28 @@ keep_option = click.option(
     is_flag=True,
     help="Count the rows of special tokens and rows of ten times the usual length, which are left out otherwise.",
 )
+
+
+class Knob(click.ParamType):
+    """A number as a field of the settings takes it, refused under the option's own name."""
+
+    name = "float"
+
+    def __init__(self, settings: type, field: str) -> None:
+        self.hint = get_type_hints(settings, include_extras=True)[field]
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        """The number, or a usage error that says what the option takes."""
+        try:
+            number = float(value) if isinstance(value, str) else value
+        except ValueError:
+            number = value
+        try:
+            return check(param.opts[0] if param else "the value", number, self.hint)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
 COUNT, SOME = click.IntRange(min=1), click.IntRange(min=0)
 """How many, at least one; and how many, none allowed."""
 places_options = shared(pair_option, cache_option)

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from sae_steer.cli.group import main
-from sae_steer.cli.options import COUNT, force_option, precision_option, say_precision, seed_option
+from sae_steer.cli.options import COUNT, Knob, force_option, precision_option, say_precision, seed_option
 from sae_steer.settings import PRESETS, PairTrainingSettings
 
 
@@ -22,7 +22,9 @@ from sae_steer.settings import PRESETS, PairTrainingSettings
     help="Also train a twin of the target: the same text in another order.",
 )  # fmt: skip
 @click.option("--tokens", default=PairTrainingSettings.tokens, type=COUNT, help="Training tokens a model.")
-@click.option("--lr", default=PairTrainingSettings.lr, help="Peak learning rate.")
+@click.option(
+    "--lr", type=Knob(PairTrainingSettings, "lr"), default=PairTrainingSettings.lr, help="Peak learning rate."
+)
 @precision_option
 @click.option("--out", type=click.Path(path_type=Path), help="The pair's folder.  [default: pairs/PRESET]")
 @seed_option
