@@ -81,7 +81,9 @@ def _cache(path: Path) -> tuple[str, bool]:
         f"activation cache of pair '{cache.manifest['pair']}': {rows:,} rows in {len(cache.manifest['shards'])} "
         f"shards, layers {list(cache.layers)}, {cache.manifest['dtype']}, texts {', '.join(cache.variants)}"
     )
-    return "\n".join([head, *(wrong or ["  every checksum is right"])]), not wrong
+    cut = cache.manifest.get("texts_cut")
+    told = [f"  {cut} texts were longer than the pair reads; their ends are left out"] if cut else []
+    return "\n".join([head, *told, *(wrong or ["  every checksum is right"])]), not wrong
 
 
 def _dictionary(path: Path) -> tuple[str, bool]:

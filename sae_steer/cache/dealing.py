@@ -6,7 +6,7 @@ from functools import cached_property
 
 from sae_steer.errors import InputError
 from sae_steer.pair.model_pair import ModelPair
-from sae_steer.pair.texts import Text, TextSource
+from sae_steer.pair.texts import Text, TextFile, TextSource
 from sae_steer.settings import SPLITS
 
 SHARD_BYTES = 2**28
@@ -57,6 +57,8 @@ def deal_texts(pair: ModelPair, source: TextSource, rows_per_shard: int) -> tupl
         raise InputError("there are no texts to cache; ask for plans, or give a file with texts")
     if not any(text.is_onset.any() for shard in dealt for text in shard.texts):
         raise InputError("no text has an onset; the pair's [onset] tokens or regex match nothing in these texts")
+    if isinstance(source, TextFile):
+        source.check_targets(pair, (text for shard in dealt for text in shard.texts))
     return dealt
 
 

@@ -98,6 +98,8 @@ def cache_activations(
             def begin() -> dict:
                 dtype = _type_for(shards, pair, layers, settings) if settings.dtype == AUTO else settings.dtype
                 manifest = _new_manifest(pair, layers, dtype, source, wanted)
+                if cut := sum(text.cut > 0 for shard in shards for text in shard.texts):
+                    manifest["texts_cut"] = cut
                 return {**manifest, "computed": capability().facts(settings.precision, device)}
 
             _prepare(output, shards, wanted, begin, force)

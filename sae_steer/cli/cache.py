@@ -70,4 +70,9 @@ def cache(pair, layers, texts, dtype, precision, rows_per_shard, out, seed, forc
         request["settings"] = CacheSettings(dtype=dtype, precision=precision, rows_per_shard=rows_per_shard)
         made = cache_activations(loaded, **request, on_rows=Bar("cache"), world=world)
         if world.is_first:
+            if cut := made.manifest.get("texts_cut"):
+                click.echo(
+                    f"{cut} texts were longer than the pair's {loaded.context} tokens; their ends are left out",
+                    err=True,
+                )
             click.echo(made.folder)

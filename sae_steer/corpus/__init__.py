@@ -10,7 +10,7 @@ from sae_steer.corpus.labels import (
     label_positions,
 )
 from sae_steer.corpus.plans import SPECIALS, VARIANTS, ParsedPlan, Plan, Step, Task, parse_plan
-from sae_steer.corpus.regulation import LENIENT_KEYWORDS, REGULATION_PHRASES, is_lenient, is_target
+from sae_steer.corpus.regulation import LENIENT_KEYWORDS, REGULATION_PHRASES, is_lenient, is_target, phrase_patterns
 from sae_steer.corpus.spans import TokenizedText
 from sae_steer.corpus.texts import UserText, read_texts
 from sae_steer.corpus.tokenizer import PlanTokenizer
@@ -36,6 +36,7 @@ __all__ = [
     "is_target",
     "label_positions",
     "parse_plan",
+    "phrase_patterns",
     "read_texts",
     "tasks",
     "write_plans",

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int32
 
 from sae_steer.corpus.plans import SEP, STEPS
-from sae_steer.corpus.regulation import REGULATION_PHRASES, is_target
+from sae_steer.corpus.regulation import REGULATION_PHRASES, is_pattern, is_target
 from sae_steer.corpus.spans import TokenizedText
 from sae_steer.corpus.tokenizer import PlanTokenizer
 from sae_steer.errors import InputError
@@ -127,6 +127,13 @@ class Onsets:
     next_is_target: Bool[np.ndarray, " pos"]
     """The step that this onset opens is a regulation step."""
 
+    def before(self, end: int) -> "Onsets":
+        """The labels of the first `end` positions; the last of them opens no step any more."""
+        inside = np.arange(end) < end - 1
+        return Onsets(
+            self.is_onset[:end] & inside, np.where(inside, self.step[:end], -1), self.next_is_target[:end] & inside
+        )
+
     def spread(self, values: Sequence[float]) -> Float[np.ndarray, " pos"]:
         """One value a step, such as `true_p`, written at the onset that opens it; NaN elsewhere."""
         spread = np.full(len(self.step), np.nan)
@@ -216,7 +223,8 @@ def count_first_tokens(
     min_purity: float = MIN_PURITY,
 ) -> TargetTokens:
     """The target token set of texts whose labels stand beside their ids."""
-    unmade = [phrase for phrase in phrases if not tokenizer.can_make(phrase)]
+    spelled = [phrase.removesuffix("*") for phrase in phrases if not is_pattern(phrase)]
+    unmade = [phrase for phrase in spelled if not tokenizer.can_make(phrase)]
     if unmade:
         raise InputError(
             f"the tokenizer cannot make {len(unmade)} of the {len(phrases)} target phrases, the first {unmade[0]!r}; "

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
+from sae_steer.errors import InputError
+
 KINDS = ("body", "head", "people")
 _SOURCE = tomllib.loads(resources.files(__package__).joinpath("regulation.toml").read_text(encoding="utf-8"))
 
@@ -55,8 +57,11 @@ OFTEN = 0.75
 
 
 def is_target(step: str, phrases: Iterable[str] = REGULATION_PHRASES) -> bool:
-    """Whether the step is one of the phrases, whatever its case."""
-    return step.strip().casefold() in _folded(tuple(phrases))
+    """Whether the step is one of the phrases, whatever its case.
+
+    A phrase that ends with `*` is how a step begins; one between slashes is a regular expression for its beginning.
+    """
+    return phrase_patterns(tuple(phrases)).fit(step.strip())
 
 
 def is_lenient(step: str, keywords: Iterable[str] = LENIENT_KEYWORDS) -> bool:
@@ -65,9 +70,43 @@ def is_lenient(step: str, keywords: Iterable[str] = LENIENT_KEYWORDS) -> bool:
     return pattern is not None and pattern.search(step) is not None
 
 
+@dataclass(frozen=True)
+class PhrasePatterns:
+    """Target phrases by how they are held against a step."""
+
+    whole: frozenset[str]
+    starts: tuple[str, ...]
+    patterns: tuple[re.Pattern[str], ...]
+
+    def fit(self, step: str) -> bool:
+        """Whether any of them fits the step."""
+        folded = step.casefold()
+        return folded in self.whole or folded.startswith(self.starts) or any(one.match(step) for one in self.patterns)
+
+
 @cache
-def _folded(phrases: tuple[str, ...]) -> frozenset[str]:
-    return frozenset(phrase.strip().casefold() for phrase in phrases)
+def phrase_patterns(phrases: tuple[str, ...]) -> PhrasePatterns:
+    """The phrases apart by kind; a regular expression that does not compile is an `InputError`."""
+    bare = [phrase.strip() for phrase in phrases]
+    patterns = [phrase for phrase in bare if is_pattern(phrase)]
+    starts = [phrase for phrase in bare if phrase.endswith("*") and phrase not in patterns]
+    return PhrasePatterns(
+        frozenset(phrase.casefold() for phrase in bare if phrase not in (*patterns, *starts)),
+        tuple(phrase.removesuffix("*").casefold() for phrase in starts),
+        tuple(_compiled(phrase) for phrase in patterns),
+    )
+
+
+def is_pattern(phrase: str) -> bool:
+    """Whether a target phrase is a regular expression: it stands between slashes."""
+    return len(phrase.strip()) > 2 and phrase.strip()[0] == phrase.strip()[-1] == "/"
+
+
+def _compiled(phrase: str) -> re.Pattern[str]:
+    try:
+        return re.compile(phrase[1:-1], re.IGNORECASE)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"target phrase {phrase!r} does not compile ({error}); correct it") from error
 
 
 @cache

@@ -11,7 +11,8 @@
     [target]
     name = "adhd"
     model = "adhd"
-    phrases = ["Sip water", ...]                        # steps that count as the target behaviour
+    phrases = ["Sip water", ...]                        # steps that count as the target behaviour; "Sip*" is how one
+                                                        # begins, "/sip|drink/" a regular expression for its beginning
     lenient = ["water", ...]                            # keywords of the lenient matcher
     [onset]
     tokens = ["<|steps|>", "<|sep|>"]                   # a step begins after these; or: regex = "..."
@@ -32,7 +33,7 @@ from pathlib import Path
 import torch
 
 from sae_steer.arguments import Checked
-from sae_steer.corpus import OnsetRule, PlanTokenizer, TokenizedText
+from sae_steer.corpus import OnsetRule, PlanTokenizer, TokenizedText, phrase_patterns
 from sae_steer.errors import InputError, visible
 from sae_steer.files import sha256
 from sae_steer.model.adapting import adapt
@@ -287,6 +288,7 @@ def _check_phrases(pair: ModelPair) -> None:
     if not pair.phrases or not all(phrase.strip() for phrase in pair.phrases):
         what = "an empty one among its target phrases" if pair.phrases else "no target phrases"
         raise InputError(f"pair '{pair.name}' has {what}; list in target.phrases the steps that are the behaviour")
+    phrase_patterns(pair.phrases)
 
 
 def _check_onsets(pair: ModelPair) -> None:

@@ -1,7 +1,9 @@
 """Texts as both models read them: token ids with a label for every position, from the grammar or a file."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -38,6 +40,8 @@ class Text:
     next_is_target: np.ndarray
     true_p: np.ndarray
     """The grammar's probability that the step a delimiter opens is a target step; NaN where none is known."""
+    cut: int = 0
+    """Tokens left out at its end because the pair reads no more."""
 
     def __len__(self) -> int:
         return len(self.token)
@@ -130,7 +134,21 @@ class TextFile:
                 task=numbers[line.task],
                 variant=self.variants.index(line.rendering or UNNAMED),
                 split=split,
+                may_cut=True,
             )
+
+    def check_targets(self, pair: ModelPair, texts: Iterable[Text]) -> None:
+        """Raise `InputError` unless some step is a target phrase, with the step that comes nearest to one."""
+        if any(text.next_is_target.any() for text in texts):
+            return
+        read = (pair.tokenizer.tokenized(line.text) for line in self.lines)
+        steps = Counter(step for text in read for _, step in pair.onsets.steps(text, pair.tokenizer))
+        near = [close for phrase in pair.phrases for close in get_close_matches(phrase, steps, 1)]
+        example = f"nearest to one is {near[0]!r}" if near else f"the most frequent is {steps.most_common(1)[0][0]!r}"
+        raise InputError(
+            f"none of the {steps.total()} steps in {self.path} is a target phrase; {example}. Correct target.phrases: "
+            "'Sip*' is how a step begins, '/sip|drink/' a regular expression for its beginning"
+        )
 
     def _check_renderings(self, pair: ModelPair) -> None:
         """Texts that name no model of the pair, or only partly say whose they are, would count as the target's."""
@@ -158,14 +176,18 @@ def _label(
     variant: int,
     split: str,
     true_p: list[float] | None = None,
+    may_cut: bool = False,
 ) -> Text:
+    """The text as both models read it; of one too long for them what comes first, with the labels it had, if it may."""
     read = pair.read(text, where)
-    ids = read.ids
-    if len(ids) > pair.context:
+    if len(read.ids) > pair.context and not may_cut:
         raise InputError(
-            f"{where} has {len(ids)} tokens, and pair '{pair.name}' reads {pair.context}; give shorter texts"
+            f"{where} has {len(read.ids)} tokens, and pair '{pair.name}' reads {pair.context}; give shorter texts"
         )
     labels = label_positions(read, tokenizer=pair.tokenizer, rule=pair.onsets, phrases=pair.phrases)
+    ids = read.ids[: pair.context]
+    if cut := len(read.ids) - len(ids):
+        labels = labels.before(len(ids))
     unknown = np.full(len(ids), np.nan)
     return Text(
         prompt=prompt,
@@ -177,6 +199,7 @@ def _label(
         step=labels.step,
         next_is_target=labels.next_is_target,
         true_p=(unknown if true_p is None else labels.spread(true_p)).astype(np.float32),
+        cut=cut,
     )
 
 

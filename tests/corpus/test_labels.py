@@ -126,3 +126,26 @@ def test_a_step_ends_where_a_delimiter_of_several_tokens_begins(small):
     assert [small.decode(ids[: at + 1])[-2:] for at, _ in rule.steps(ids, small)] == ["1)", "2)", "0)"]
     labels = label_positions(ids, tokenizer=small, rule=rule)
     assert labels.next_is_target[labels.is_onset].tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("phrases", "targets"),
+    [
+        (["sip WATER"], [False, True, False]),
+        (["Sip"], [False, False, False]),
+        (["Sip*"], [False, True, False]),
+        (["w*", "D*"], [True, False, True]),
+        (["/(sip|wipe)\\b/"], [True, True, False]),
+        (["/oven/"], [False, False, False]),
+        (["/.*oven$/"], [True, False, True]),
+    ],
+)
+def test_a_phrase_may_be_how_a_step_begins_or_a_regular_expression(small, phrases, targets):
+    assert [target for *_, target in onsets_of(PLAN, small, phrases=phrases)] == targets
+
+
+def test_a_phrase_that_does_not_compile_is_told_and_patterns_need_not_be_spelled(small):
+    with pytest.raises(InputError, match="target phrase '/\\(/' does not compile"):
+        onsets_of(PLAN, small, phrases=["/(/"])
+    found = first_token_purity([small.encode(PLAN)], tokenizer=small, phrases=["/sip .*/", "Dry*"])
+    assert found.coverage == 1.0

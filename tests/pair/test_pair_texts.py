@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sae_steer.cache import cache_activations
 from sae_steer.corpus import read_texts, write_plans
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
@@ -134,11 +135,32 @@ def test_the_identity_of_a_file_is_its_content_and_how_it_is_read(tmp_path):
     assert TextFile.read(paths[0]).identity() != one
 
 
-def test_a_text_longer_than_the_context_is_refused_with_its_line(tiny, tmp_path):
+def test_of_a_text_longer_than_the_context_what_comes_first_is_read_with_the_labels_it_had(tiny, tmp_path):
+    step = "Sip water<|sep|>"
     path = tmp_path / "long.txt"
-    path.write_text("short\n" + "word " * 600 + "\n")
-    with pytest.raises(InputError, match=r"long.txt, line 2, has \d+ tokens, and pair 'tiny' reads 512"):
-        all_texts(TextFile.read(path), tiny)
+    path.write_text("short\n<|task|>Tea<|steps|>" + step * 200 + "<|end|>\n")
+    pair = replace(tiny, context=40)
+    long, short = sorted(all_texts(TextFile.read(path), pair), key=lambda text: -text.cut)
+    whole = tiny.tokenizer.encode("<|task|>Tea<|steps|>" + step * 200 + "<|end|>")
+    assert long.token.tolist() == whole[:40]
+    assert (long.cut, short.cut) == (len(whole) - 40, 0)
+    delimiters = [
+        at for at, token in enumerate(whole[:39]) if tiny.tokenizer.decode([token]) in ("<|steps|>", "<|sep|>")
+    ]
+    assert np.flatnonzero(long.is_onset).tolist() == delimiters  # not the last token: its step is left out
+    assert np.flatnonzero(long.next_is_target).tolist() == delimiters
+    assert long.step[delimiters].tolist() == list(range(len(delimiters)))
+
+
+def test_texts_without_a_target_step_are_refused_before_anything_is_computed(tiny, tmp_path):
+    path = tmp_path / "plans.txt"
+    path.write_text("".join(f"<|task|>Tea {i}<|steps|>Sip waters<|sep|>Pour<|sep|><|end|>\n" for i in range(20)))
+    with pytest.raises(InputError, match=r"none of the 40 steps .*; nearest to one is 'Sip waters'"):
+        cache_activations(tiny, out=tmp_path / "cache", layers=[1], source=TextFile.read(path))
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    begins = replace(tiny, phrases=("Sip*",))
+    cache = cache_activations(begins, out=tmp_path / "cache", layers=[1], source=TextFile.read(path))
+    assert sum(text.next_is_target.sum() for split in SPLITS for text in cache.texts(split)) == 20
 
 
 def test_a_plan_longer_than_the_context_is_refused(tiny):
