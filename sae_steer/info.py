@@ -8,6 +8,7 @@ from sae_steer.errors import InputError
 from sae_steer.model.language_model import fingerprint
 from sae_steer.model.loading import read_decoder
 from sae_steer.pair.model_pair import NamedModel, load_pair
+from sae_steer.pair.texts import TextFile, count_texts
 from sae_steer.records import read_json
 from sae_steer.row_filter import LeftOut
 from sae_steer.sae.saelens.files import identity, load_sae, read_metadata
@@ -54,6 +55,21 @@ def _pair(path: Path) -> tuple[str, bool]:
             *notes,
         ]
     ), True
+
+
+def describe_texts(pair: Path, texts: Path) -> str:
+    """What a pair finds in a file of texts, split by split, and what that allows."""
+    loaded, source = load_pair(pair), TextFile.read(texts)
+    counts = count_texts(loaded, source)
+    lines = [f"{texts} as pair '{loaded.name}' reads it, renderings {', '.join(source.variants)}"]
+    for one in counts:
+        cut = f", {one.cut:,} texts cut at {loaded.context} tokens" if one.cut else ""
+        lines.append(
+            f"  {one.split:<8} {one.texts:>7,} texts of {one.tasks:>5,} tasks, {one.onsets:>8,} onsets, "
+            f"{one.targets:>7,} of target steps{cut}"
+        )
+    lines.append(f"  {counts[-1].tasks} tasks confirm: an interval needs 30, a null about 100")
+    return "\n".join(lines)
 
 
 def _model_of_pair(role: str, model: NamedModel) -> list[str]:

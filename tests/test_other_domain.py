@@ -20,7 +20,7 @@ def workplace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in (
-            "info recipes",
+            "info recipes --texts recipes.jsonl",
             "cache --pair recipes --layer 1 --texts recipes.jsonl",
             "train-sae --pair recipes --layer 1 --d-sae 96 --k 6 --rows 60000 --batch-size 512",
             "scan --pair recipes --layer 1 --sae runs/recipes/saes/tuned_L1_hook_resid_post_k6_d96",
@@ -64,3 +64,17 @@ def test_the_tuned_model_alone_expects_the_habits(workplace):
     assert last["tuned"] > 0.25
     assert last["base"] < 0.05
     assert np.isfinite(list(last.values())).all()
+
+
+def test_info_counts_what_the_pair_finds_in_the_texts(workplace):
+    command = ["info", str(workplace / "recipes"), "--texts", str(workplace / "recipes.jsonl")]
+    told = CliRunner().invoke(main, command).output
+    cache = ActivationCache.open(workplace / "activations" / "recipes")
+    for split in ("train", "scan", "tune", "confirm"):
+        labels = cache.labels(split)
+        words = next(line for line in told.splitlines() if line.strip().startswith(split)).replace(",", "").split()
+        texts, tasks, onsets, targets = (int(words[at]) for at in (1, 4, 6, 8))
+        assert texts == len(np.unique(labels["prompt"]))
+        assert tasks == len(np.unique(labels["task"]))
+        assert onsets == labels["is_onset"].sum()
+        assert targets == labels["next_is_target"].sum()

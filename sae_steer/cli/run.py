@@ -94,16 +94,20 @@ def report(pair, run_folder, force) -> None:
 
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
-def info(path) -> None:
+@click.option("--texts", type=click.Path(path_type=Path), help="Also say what the pair at PATH finds in this file.")
+def info(path, texts) -> None:
     """Say what a pair, cache, dictionary or record is, and whether it is whole.
 
     \b
-    Example:
+    Examples:
         sae-steer info activations/small
+        sae-steer info recipes --texts recipes.jsonl
     """
-    from sae_steer.info import describe
+    from sae_steer.info import describe, describe_texts
 
     description, whole = describe(path)
     click.echo(visible(description))
     if not whole:
         sys.exit(1)
+    if texts is not None:
+        click.echo(visible(describe_texts(path, texts)))

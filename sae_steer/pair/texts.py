@@ -47,6 +47,20 @@ class Text:
         return len(self.token)
 
 
+@dataclass(frozen=True)
+class SplitCounts:
+    """What a split's texts hold."""
+
+    split: str
+    texts: int
+    tasks: int
+    onsets: int
+    targets: int
+    """Onsets of steps that are a target phrase."""
+    cut: int
+    """Texts longer than the pair reads."""
+
+
 @runtime_checkable
 class TextSource(Protocol):
     """Where a cache's texts come from."""
@@ -164,6 +178,24 @@ class TextFile:
                     f"{self.path}, line {line.line}: {told}; name the model whose kind of text it is, "
                     f"{' or '.join(map(repr, names))}"
                 )
+
+
+def count_texts(pair: ModelPair, source: TextSource) -> tuple[SplitCounts, ...]:
+    """What a cache of `source` would hold, split by split; nothing is computed by a model."""
+    counts = []
+    for split in SPLITS:
+        texts = list(source.texts(pair, split))
+        counts.append(
+            SplitCounts(
+                split,
+                texts=len(texts),
+                tasks=len({text.task for text in texts}),
+                onsets=sum(int(text.is_onset.sum()) for text in texts),
+                targets=sum(int(text.next_is_target.sum()) for text in texts),
+                cut=sum(text.cut > 0 for text in texts),
+            )
+        )
+    return tuple(counts)
 
 
 def _label(
