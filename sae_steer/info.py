@@ -14,6 +14,7 @@ from sae_steer.row_filter import LeftOut
 from sae_steer.sae.saelens.files import identity, load_sae, read_metadata
 from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.stability import load_stability
+from sae_steer.settings import SplitShares
 
 
 def describe(path: Path) -> tuple[str, bool]:
@@ -57,9 +58,9 @@ def _pair(path: Path) -> tuple[str, bool]:
     ), True
 
 
-def describe_texts(pair: Path, texts: Path) -> str:
+def describe_texts(pair: Path, texts: Path, shares: SplitShares | None = None) -> str:
     """What a pair finds in a file of texts, split by split, and what that allows."""
-    loaded, source = load_pair(pair), TextFile.read(texts)
+    loaded, source = load_pair(pair), TextFile.read(texts, shares)
     counts = count_texts(loaded, source)
     lines = [f"{texts} as pair '{loaded.name}' reads it, renderings {', '.join(source.variants)}"]
     for one in counts:
@@ -68,7 +69,9 @@ def describe_texts(pair: Path, texts: Path) -> str:
             f"  {one.split:<8} {one.texts:>7,} texts of {one.tasks:>5,} tasks, {one.onsets:>8,} onsets, "
             f"{one.targets:>7,} of target steps{cut}"
         )
-    lines.append(f"  {counts[-1].tasks} tasks confirm: an interval needs 30, a null about 100")
+    lines.append(
+        f"  {counts[-1].tasks} tasks confirm: an interval needs 30, a null about 100; --split-shares deals others"
+    )
     return "\n".join(lines)
 
 

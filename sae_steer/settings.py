@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from sae_steer.arguments import AtLeastZero, Checked, Count, Positive, PositiveShare, Range, Seed, Share, Some
+from sae_steer.errors import InputError
 
 SPLITS = ("train", "scan", "tune", "confirm")
 """What each text is for: training dictionaries, choosing a feature, setting its scale, testing it.
@@ -89,6 +90,28 @@ class CorpusSettings(Checked):
     tune_plans: Some = 300
     confirm_plans: Some = 600
     seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class SplitShares(Checked):
+    """The shares of a text file's tasks that each split gets."""
+
+    train: Share = 0.60
+    scan: Share = 0.18
+    tune: Share = 0.06
+    confirm: Share = 0.16
+
+    def __post_init__(self) -> None:
+        total = self.train + self.scan + self.tune + self.confirm
+        if abs(total - 1) > 1e-6:
+            raise InputError(f"the shares of train, scan, tune and confirm sum to {total:g}; give four that sum to 1")
+
+    def split_at(self, point: float) -> str:
+        """The split that the point of [0, 1) falls to."""
+        for split in SPLITS:
+            if (point := point - getattr(self, split)) < 0:
+                return split
+        return SPLITS[-1]
 
 
 @dataclass(frozen=True, kw_only=True)

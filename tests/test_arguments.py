@@ -204,6 +204,10 @@ def test_what_reaches_the_screen_moves_no_cursor():
         ("intervene --bound -1", "--bound is -1.0, and takes a number above 0 and at most 1"),
         ("intervene --bound nan", "--bound is nan, and takes"),
         ("scan --max-q 2", "--max-q is 2.0, and takes a number from 0 to 1"),
+        ("cache --split-shares 0.5,0.5", "0.5,0.5 is no four numbers; give such as 0.4,0.15,0.1,0.35"),
+        ("cache --split-shares 0.5,0.5,0.5,0.5 --texts a.txt", "sum to 2; give four that sum to 1"),
+        ("cache --split-shares 0.4,0.2,0.1,0.3", "--split-shares means nothing without --texts"),
+        ("cache --texts a.txt --train-plans 9", "--train-plans means nothing with --texts, whose tasks are dealt by"),
         ("scan --min-rate x", "--min-rate is 'x', and takes a number from 0 to 1"),
     ],
 )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from sae_steer.cli.group import main
 from sae_steer.cli.options import (
@@ -15,8 +16,9 @@ from sae_steer.cli.options import (
     precision_option,
     say_precision,
     seed_option,
+    shares_option,
 )
-from sae_steer.settings import DEFAULT_LAYER, CacheSettings, CorpusSettings
+from sae_steer.settings import DEFAULT_LAYER, SPLITS, CacheSettings, CorpusSettings
 
 
 @main.command()
@@ -45,10 +47,11 @@ from sae_steer.settings import DEFAULT_LAYER, CacheSettings, CorpusSettings
     type=COUNT,
     help="Rows a shard holds at most, which bounds memory.  [default: 65536, fewer where streams are wide]",
 )
+@shares_option
 @out_option
 @seed_option
 @force_option
-def cache(pair, layers, texts, dtype, precision, rows_per_shard, out, seed, force, **plans) -> None:
+def cache(pair, layers, texts, dtype, precision, rows_per_shard, shares, out, seed, force, **plans) -> None:
     """Store the residual streams of both models over the same texts.
 
     \b
@@ -62,7 +65,8 @@ def cache(pair, layers, texts, dtype, precision, rows_per_shard, out, seed, forc
     from sae_steer.world import joined
 
     loaded, places = open_pair(pair, out, None)
-    source = TextFile.read(texts) if texts else GeneratedTexts(CorpusSettings(seed=seed, **plans))
+    _refuse_unused(texts)
+    source = TextFile.read(texts, shares) if texts else GeneratedTexts(CorpusSettings(seed=seed, **plans))
     request = {"layers": layers, "out": places.cache, "source": source, "force": force}
     with joined(precision=precision) as world:
         begun = None if force else begun_precision(places.cache)
@@ -76,3 +80,13 @@ def cache(pair, layers, texts, dtype, precision, rows_per_shard, out, seed, forc
                     err=True,
                 )
             click.echo(made.folder)
+
+
+def _refuse_unused(texts: Path | None) -> None:
+    """Plans are counted where they are generated, shares of tasks where a file is read: refused elsewhere."""
+    named = click.get_current_context().get_parameter_source
+    idle = [f"{split}_plans" for split in SPLITS] if texts else ["shares"]
+    for parameter in click.get_current_context().command.params:
+        if parameter.name in idle and named(parameter.name) is ParameterSource.COMMANDLINE:
+            where = "with --texts, whose tasks are dealt by --split-shares" if texts else "without --texts"
+            raise click.UsageError(f"{parameter.opts[0]} means nothing {where}")

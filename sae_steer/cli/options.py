@@ -8,7 +8,7 @@ import click
 
 from sae_steer.arguments import check
 from sae_steer.errors import InputError
-from sae_steer.settings import AUTO, DEFAULT_LAYER, DEFAULT_PAIR, PRECISIONS
+from sae_steer.settings import AUTO, DEFAULT_LAYER, DEFAULT_PAIR, PRECISIONS, SplitShares
 
 
 def shared(*options: Callable) -> Callable:
@@ -75,6 +75,28 @@ class Knob(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class Shares(click.ParamType):
+    """Four shares by commas."""
+
+    name = "train,scan,tune,confirm"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> SplitShares:
+        """The shares, or a usage error that says what they take."""
+        if isinstance(value, SplitShares):
+            return value
+        try:
+            train, scan, tune, confirm = map(float, str(value).split(","))
+            return SplitShares(train, scan, tune, confirm)
+        except ValueError:
+            self.fail(f"{value} is no four numbers; give such as 0.4,0.15,0.1,0.35", param, ctx)
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
+shares_option = click.option(
+    "--split-shares", "shares", type=Shares(),
+    help="Shares of a text file's tasks to train, scan, tune and confirm.  [default: 0.6,0.18,0.06,0.16]",
+)  # fmt: skip
 COUNT, SOME = click.IntRange(min=1), click.IntRange(min=0)
 """How many, at least one; and how many, none allowed."""
 places_options = shared(pair_option, cache_option)

@@ -14,6 +14,7 @@ from sae_steer.cli.options import (
     places_options,
     precision_option,
     say_precision,
+    shares_option,
 )
 from sae_steer.errors import visible
 from sae_steer.settings import AUTO, CONTROLS, DEFAULT_LAYER, CacheSettings, InterveneSettings, SAESettings
@@ -95,7 +96,8 @@ def report(pair, run_folder, force) -> None:
 @main.command()
 @click.argument("path", type=click.Path(path_type=Path, exists=True))
 @click.option("--texts", type=click.Path(path_type=Path), help="Also say what the pair at PATH finds in this file.")
-def info(path, texts) -> None:
+@shares_option
+def info(path, texts, shares) -> None:
     """Say what a pair, cache, dictionary or record is, and whether it is whole.
 
     \b
@@ -110,4 +112,4 @@ def info(path, texts) -> None:
     if not whole:
         sys.exit(1)
     if texts is not None:
-        click.echo(visible(describe_texts(path, texts)))
+        click.echo(visible(describe_texts(path, texts, shares)))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
@@ -14,11 +14,7 @@ from sae_steer.corpus import VARIANTS, UserText, label_positions, read_texts, wr
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
 from sae_steer.pair.model_pair import ModelPair
-from sae_steer.settings import SPLITS, CorpusSettings
-
-SPLIT_SHARES = {"train": 0.60, "scan": 0.18, "tune": 0.06, "confirm": 0.16}
-"""Shares of the tasks of a text file, which says nothing of its own about splits."""
-
+from sae_steer.settings import SPLITS, CorpusSettings, SplitShares
 
 UNNAMED = "text"
 """The one rendering of a file that names none."""
@@ -118,27 +114,36 @@ class TextFile:
     tasks: tuple[str, ...]
     content: str
     """The hash of the bytes that were read."""
+    shares: SplitShares = field(default_factory=SplitShares)
 
     @classmethod
-    def read(cls, path: Path) -> "TextFile":
+    def read(cls, path: Path, shares: SplitShares | None = None) -> "TextFile":
         """Read the file whole; what cannot be used is an `InputError` naming the line."""
         content = _content(Path(path))
         lines = tuple(read_texts(Path(path)))
         if content is not None and _content(Path(path)) != content:
             raise InputError(f"{path} was changed while it was read; wait until it is written, and repeat")
         variants = tuple(sorted({line.rendering or UNNAMED for line in lines}))
-        return cls(Path(path), variants, lines, tuple(sorted({line.task for line in lines})), content or "")
+        return cls(
+            Path(path),
+            variants,
+            lines,
+            tuple(sorted({line.task for line in lines})),
+            content or "",
+            shares or SplitShares(),
+        )
 
     def identity(self) -> dict:
         """The hash of the file's content, and how it is read."""
-        return {"texts": self.content, "kind": self.path.suffix}
+        shares = {} if self.shares == SplitShares() else {"shares": astuple(self.shares)}
+        return {"texts": self.content, "kind": self.path.suffix, **shares}
 
     def texts(self, pair: ModelPair, split: str) -> Iterator[Text]:
         """The lines whose task was dealt to `split`, in the file's order."""
         self._check_renderings(pair)
         numbers = {task: i for i, task in enumerate(self.tasks)}
         for prompt, line in enumerate(self.lines):
-            if _deal(line.task) != split:
+            if self.shares.split_at(_point(line.task)) != split:
                 continue
             yield _label(
                 pair,
@@ -243,10 +248,6 @@ def _content(path: Path) -> str | None:
         return None
 
 
-def _deal(task: str) -> str:
-    """The split of a task: a point of [0, 1) from the hash of its name."""
-    point = int(sha256(task.encode())[:13], 16) / 16**13
-    for split, share in SPLIT_SHARES.items():
-        if (point := point - share) < 0:
-            return split
-    return SPLITS[-1]
+def _point(task: str) -> float:
+    """A point of [0, 1) from the hash of a task's name: what adding tasks later does not move."""
+    return int(sha256(task.encode())[:13], 16) / 16**13

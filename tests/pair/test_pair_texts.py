@@ -12,7 +12,7 @@ from sae_steer.errors import InputError
 from sae_steer.files import sha256
 from sae_steer.pair import texts
 from sae_steer.pair.texts import GeneratedTexts, TextFile, TextSource
-from sae_steer.settings import SPLITS, CorpusSettings
+from sae_steer.settings import SPLITS, CorpusSettings, SplitShares
 
 FEW = CorpusSettings(train_plans=12, scan_plans=8, tune_plans=4, confirm_plans=6)
 
@@ -194,3 +194,20 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path, monkeypatch):
     path.write_text("another\n")
     assert file.identity() != identity
     assert file.identity()["texts"] == sha256(b"one\ntwo\nthree\n"), "what was read, not what is there now"
+
+
+def test_split_shares_are_settable_and_move_no_task_that_they_leave_where_it_was(tiny, plans):
+    usual, same = TextFile.read(plans), TextFile.read(plans, SplitShares())
+    assert usual.identity() == same.identity()
+    other = TextFile.read(plans, SplitShares(0.6, 0.1, 0.1, 0.2))
+    assert other.identity() != usual.identity()
+    tasks = {name: {split: {text.task for text in source.texts(tiny, split)} for split in SPLITS}
+             for name, source in (("usual", usual), ("other", other))}  # fmt: skip
+    assert tasks["usual"]["train"] == tasks["other"]["train"]
+    assert tasks["usual"]["confirm"] < tasks["other"]["confirm"]
+    everything = TextFile.read(plans, SplitShares(0, 0, 0, 1))
+    assert len({text.task for text in everything.texts(tiny, "confirm")}) == 40
+    with pytest.raises(InputError, match=r"sum to 1\.1; give four that sum to 1"):
+        SplitShares(0.6, 0.2, 0.1, 0.2)
+    with pytest.raises(InputError, match=r"SplitShares\.train is -1, and takes a number from 0 to 1"):
+        SplitShares(-1, 1, 1, 0)
