@@ -6,7 +6,7 @@ from pathlib import Path
 from sae_steer.cache import ActivationCache
 from sae_steer.errors import InputError
 from sae_steer.model.language_model import fingerprint
-from sae_steer.model.loading import read_decoder
+from sae_steer.model.sources import load_model
 from sae_steer.pair.model_pair import NamedModel, load_pair
 from sae_steer.pair.texts import TextFile, count_texts
 from sae_steer.records import read_json
@@ -82,14 +82,26 @@ def _model_of_pair(role: str, model: NamedModel) -> list[str]:
         f"{shape.d_model}, {shape.d_vocab} rows, context {shape.n_ctx}",
         f"    {model.model.n_parameters:,} parameters, sha256 {model.sha256[:12]}"
         + (f", its own tokenizer of {own.n_vocab} tokens" if own else ""),
+        *_compared(model.source),
     ]
 
 
 def _model(path: Path) -> tuple[str, bool]:
-    found = read_decoder(path)
+    found = load_model(path.name, beside=path.resolve().parent)
     shape, facts = found.model.shape, f"{found.model.n_parameters:,} parameters, sha256 {fingerprint(found.model)[:12]}"
     head = f"model: {shape.n_layers} layers of width {shape.d_model}, {shape.d_vocab} rows, context {shape.n_ctx}"
-    return "\n".join([f"{head}; {facts}", *found.lines()]), True
+    return "\n".join([f"{head}; {facts}", *_compared(found.source), *found.notes]), True
+
+
+def _compared(source: dict) -> list[str]:
+    """How far a Llama's logits are from those of `transformers`, where the two were compared."""
+    if "compared" not in source:
+        return []
+    result = source["compared"]
+    return [
+        f"    logits of {result['tokens']} tokens as transformers {result['transformers']} has them, to "
+        f"{result['largest_difference']:.1g} of {result['largest_logit']:.3g}"
+    ]
 
 
 def _cache(path: Path) -> tuple[str, bool]:

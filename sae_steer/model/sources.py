@@ -41,27 +41,27 @@ def load_model(named: str, *, beside: Path, qkv: str | None = None, gate_up: str
         model = load_lens(named.removeprefix(LENS))
         content = tokenizer_json(model)
         return LoadedModel(model, content and (content, f"the tokenizer of {named}"), {"from": named})
-    path = _folder(named, beside)
+    path, came_from = _folder(named, beside)
     if named.startswith(TRANSFORMERS):
-        return _by_transformers(named, path)
+        return _by_transformers(path, came_from)
     try:
         read = read_decoder(path, qkv=qkv, gate_up=gate_up)
     except NotNativeError as error:
-        return _by_transformers(named, path, why=str(error))
-    source = {"from": named, **read.record, **_compared(read, path)}
+        return _by_transformers(path, came_from, why=str(error))
+    source = {"from": came_from, **read.record, **_compared(read, path)}
     return LoadedModel(read.model, _tokenizer(path), source, read.lines())
 
 
-def _folder(named: str, beside: Path) -> Path:
-    """What `named` stands for on disk; a repository is fetched."""
+def _folder(named: str, beside: Path) -> tuple[Path, str]:
+    """What `named` stands for on disk, a repository fetched, and where it came from: `hub:`, or as it was named."""
     for prefix in (HUB, TRANSFORMERS):
         name = named.removeprefix(prefix)
         if named.startswith(prefix) and (prefix == HUB or not (beside / name).exists()):
-            return hub_folder(name)
-    return beside / named.removeprefix(TRANSFORMERS)
+            return hub_folder(name), HUB + name
+    return beside / named.removeprefix(TRANSFORMERS), named
 
 
-def _by_transformers(named: str, path: Path, why: str = "") -> LoadedModel:
+def _by_transformers(path: Path, came_from: str, why: str = "") -> LoadedModel:
     """The model as `transformers` runs it.
 
     Args:
@@ -74,7 +74,7 @@ def _by_transformers(named: str, path: Path, why: str = "") -> LoadedModel:
     except InputError as error:
         raise InputError(f"{why}; and {error}" if why else str(error)) from error
     notes = [*([f"{why}: transformers runs it, more slowly"] if why else []), *read.lines()]
-    return LoadedModel(read.model, _tokenizer(path), {"from": named, **read.record}, notes)
+    return LoadedModel(read.model, _tokenizer(path), {"from": came_from, **read.record}, notes)
 
 
 def _compared(read: DecoderFile, path: Path) -> dict:

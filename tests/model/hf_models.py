@@ -55,6 +55,18 @@ ARCHITECTURES = {
          "attention_multiplier": 0.2},
     ),
     "Cohere": ("CohereConfig", USUAL),
+    "OPT": (
+        "OPTConfig",
+        {"vocab_size": 61, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    ),
+    "gpt-oss": ("GptOssConfig", {**MIXTURE, "head_dim": 8, "sliding_window": 8, "rope_parameters": None}),
+    "DeepSeek V3": (
+        "DeepseekV3Config",
+        {**USUAL, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+         "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+         "v_head_dim": 8, "moe_intermediate_size": 16, "first_k_dense_replace": 1},
+    ),
 }  # fmt: skip
 
 

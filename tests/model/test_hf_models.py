@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from hf_models import ARCHITECTURES, adapted, tiny
+import transformers
+from hf_models import ARCHITECTURES, USUAL, adapted, tiny
 from torch import nn
 
 from sae_steer.errors import InputError
@@ -40,8 +41,9 @@ def test_streams_and_logits_are_the_models_own(both):
 
 
 @torch.no_grad()
-def test_after_any_call_the_model_is_as_it_was(both):
-    theirs, ours = both
+@pytest.mark.parametrize("name", ["Gemma 2", "GPT-2", "Mixtral"])
+def test_after_any_call_the_model_is_as_it_was(name):
+    theirs, ours = adapted(name)
     blocks = [type(block).__name__ for block in ours.layers]
     before, hooks = theirs(TOKENS).logits, count_hooks(theirs)
     ours.resid_posts(TOKENS, (0,))
@@ -60,7 +62,7 @@ def test_what_attention_and_mlp_write_sums_to_what_a_block_adds(both):
     streams = ours.resid_posts(TOKENS, (0, 1))
     for hook in hooks:
         hook.remove()
-    check_equal(sum(written), streams[1] - streams[0], 1e-4)
+    check_equal(sum(term.view(streams[0].shape) for term in written), streams[1] - streams[0], 1e-4)
 
 
 @torch.no_grad()
@@ -83,8 +85,9 @@ def test_with_the_final_norms_divisor_held_the_readout_is_its_equation(name):
     check_equal(ours.unembed_frozen(resid, change), logits)
 
 
-def test_the_fingerprint_is_of_weights_and_config(both):
-    theirs, ours = both
+@pytest.mark.parametrize("name", ["Gemma 2", "GPT-2"])
+def test_the_fingerprint_is_of_weights_and_config(name):
+    theirs, ours = adapted(name)
     assert ours.n_parameters == sum(parameter.numel() for parameter in theirs.parameters())
     before = fingerprint(ours)
     assert before == fingerprint(ours)
@@ -122,3 +125,34 @@ def test_a_last_norm_that_is_none_is_refused():
     model.model.norm.register_forward_hook(lambda module, inputs, output: output.tanh())
     with pytest.raises(InputError, match="no root-mean-square norm and no layer norm"):
         adapt_hf(model)
+
+
+OPT = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 61, "ffn_dim": 16}
+LINEAR = {f"linear_{part}": 8 for part in ("key_head_dim", "value_head_dim", "num_key_heads", "num_value_heads")}
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+OF_ANOTHER_KIND = {
+    "T5": (lambda: transformers.T5Config(vocab_size=61, d_model=32, d_ff=16, num_layers=2), "no causal language model"),
+    "Mamba": (
+        lambda: transformers.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2),
+        "no causal language model",
+    ),
+    "a mix of attention and recurrence": (
+        lambda: transformers.Qwen3NextConfig(**{**USUAL, **LINEAR, **EXPERTS, "head_dim": 8}),
+        "keeps more than keys and values",
+    ),
+    "a stream wider than its embedding": (
+        lambda: transformers.OPTConfig(**OPT, word_embed_proj_dim=16),
+        "has one width",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "told"), OF_ANOTHER_KIND.values(), ids=list(OF_ANOTHER_KIND))
+def test_models_of_another_kind_are_refused_by_name(config, told):
+    settings = config()
+    loader = transformers.T5ForConditionalGeneration if settings.is_encoder_decoder else None
+    torch.manual_seed(0)
+    model = loader(settings) if loader else transformers.AutoModelForCausalLM.from_config(settings)
+    with pytest.raises(InputError, match=told) as refused:
+        adapt_hf(model)
+    assert type(model).__name__ in str(refused.value)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sae_steer.errors import InputError
+from sae_steer.info import describe
 from sae_steer.model.adapting import adapt
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.hf.model import HFModel
@@ -57,7 +58,9 @@ def test_a_plain_llama_is_read_natively_unless_transformers_is_asked_for(tmp_pat
 def test_a_repository_is_read_through_transformers_from_the_files_put_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = save(tiny("Qwen3"), tmp_path / "hub/an-org/a-model")
-    check_as_loaded(load_model("hf:an-org/a-model", beside=tmp_path / "pair").model, folder)
+    loaded = load_model("hf:an-org/a-model", beside=tmp_path / "pair")
+    check_as_loaded(loaded.model, folder)
+    assert loaded.source["from"] == "hub:an-org/a-model"
 
 
 def test_weights_take_the_type_that_the_config_states(tmp_path):
@@ -67,6 +70,15 @@ def test_weights_take_the_type_that_the_config_states(tmp_path):
     loaded = load_model("model", beside=tmp_path).model
     assert loaded.dtype == torch.float32
     check_as_loaded(loaded, folder)
+
+
+def test_info_says_who_runs_a_folder_and_how_a_llama_compares(tmp_path):
+    said, whole = describe(save(tiny("Qwen2"), tmp_path / "qwen"))
+    assert whole
+    assert "3 layers of width 32" in said
+    assert "Qwen2ForCausalLM, run by transformers" in said
+    said, _ = describe(save(tiny("Llama with biases", **PLAIN), tmp_path / "llama"))
+    assert "logits of 64 tokens as transformers" in said
 
 
 def drop_norm(tensors: dict) -> None:

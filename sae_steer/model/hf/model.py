@@ -57,10 +57,11 @@ class HFModel(nn.Module, LanguageModel):
         rows, self.width = hf.get_input_embeddings().weight.shape
         tokens = torch.arange(2 * PROBE, device=self.device).view(2, PROBE) * 7 % rows
         self.parts = find_parts(hf, tokens)
-        if (head := self.parts.head.weight.shape)[1] != self.width:
+        head = self.parts.head.weight.shape
+        if not head[1] == self.parts.width == self.width:
             raise InputError(
-                f"a {type(hf).__name__} has an unembedding {tuple(head)} for a stream {self.width} wide; it cannot be "
-                "a model of a pair"
+                f"a {type(hf).__name__} has an embedding {self.width} wide, a stream {self.parts.width} wide and an "
+                f"unembedding {head[1]} wide; a model of a pair has one width"
             )
         self.shape = HFShape(len(self.parts.blocks), self.width, int(head[0]), _n_ctx(config))
         pairs = zip(self.parts.blocks, self.parts.extras, strict=True)
@@ -111,7 +112,7 @@ class HFModel(nn.Module, LanguageModel):
     @property
     def gain(self) -> Float[Tensor, " d_model"]:
         """What the final norm multiplies each dimension by."""
-        return self.W_U.new_ones(self.width) if self.equation is None else self.equation.gain
+        return self.W_U.new_ones(self.width) if self.equation is None else self.equation.gain.to(self.device)
 
     @cached_property
     def equation(self) -> FinalNorm | None:

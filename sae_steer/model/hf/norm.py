@@ -62,8 +62,9 @@ class FinalNorm:
         self, resid: Float[Tensor, "*rows d_model"], change: Float[Tensor, "*rows d_model"]
     ) -> Float[Tensor, "*rows d_model"]:
         """The norm of resid + change, divided by what the norm divides `resid` by."""
+        gain, bias = self.gain.to(resid.device), self.bias.to(resid.device)  # the model may have moved since
         scale = (self._centred(resid).square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        return self._centred(resid + change) * scale * self.gain + self.bias
+        return self._centred(resid + change) * scale * gain + bias
 
     def _centred(self, rows: Tensor) -> Tensor:
         rows = rows.float()

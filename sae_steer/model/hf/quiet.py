@@ -5,7 +5,9 @@ from contextlib import contextmanager
 
 from huggingface_hub.errors import StrictDataclassError
 
-REFUSALS = (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError, ImportError, StrictDataclassError)
+REFUSALS = (
+    OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError, StrictDataclassError
+)  # fmt: skip
 
 
 @contextmanager

@@ -31,6 +31,8 @@ class Parts:
     embedding: nn.Module
     head: nn.Module
     norm: nn.Module | None
+    width: int
+    """Of the stream."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,13 @@ class _Call:
 
 def find_parts(model: nn.Module, tokens: Tensor) -> Parts:
     """The parts of `model`, which reads `tokens` once for it; a model without them is an `InputError`."""
-    name, depth = type(model).__name__, model.config.get_text_config().num_hidden_layers
+    name, depth = type(model).__name__, getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    takes = inspect.signature(model.forward).parameters
+    if model.config.is_encoder_decoder or depth is None or not {"input_ids", "past_key_values"} <= set(takes):
+        raise InputError(
+            f"a {name} is no causal language model with a stack of blocks that keep keys and values (input_ids, "
+            "past_key_values, num_hidden_layers); it cannot be a model of a pair"
+        )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for part, what in ((embedding, "input"), (head, "output")):
         if getattr(getattr(part, "weight", None), "ndim", 0) != 2:
@@ -66,7 +74,7 @@ def find_parts(model: nn.Module, tokens: Tensor) -> Parts:
         if _is_stream(passed):
             extras = tuple(call.put_out[1:] if isinstance(call.put_out, tuple) else None for call in passed)
             norm = _reader(calls, passed[-1], head)
-            return Parts(path, blocks, extras, embedding, head, norm)
+            return Parts(path, blocks, extras, embedding, head, norm, passed[-1].stream.shape[-1])
     looked_at = ", ".join(path for path, _ in lists) or f"none has {depth} entries"
     raise InputError(
         f"a {name} has no list of {depth} blocks through which one stream passes (lists looked at: {looked_at}); it "

@@ -33,7 +33,10 @@ def heard(terms: tuple[Term, ...]) -> Iterator[None]:
     """Taps with hooks get what their modules put out while it lasts."""
 
     def pass_on(term: Term):
-        return term.module.register_forward_hook(lambda module, inputs, output: _ignore(term.tap(term.scale * output)))
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+            term.tap(term.scale * rows_of(output))
+
+        return term.module.register_forward_hook(hook)
 
     hooks = [pass_on(term) for term in terms if term.tap._forward_hooks]
     try:
@@ -43,8 +46,9 @@ def heard(terms: tuple[Term, ...]) -> Iterator[None]:
             hook.remove()
 
 
-def _ignore(output: Tensor) -> None:
-    return None
+def rows_of(output: Any) -> Any:
+    """What a module puts out, or the first of it."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 @torch.no_grad()
@@ -63,10 +67,12 @@ def _outputs(
     """What every module inside the block puts out, if it has the stream's shape, and the stream around the block."""
     outputs: dict[nn.Module, Tensor] = {}
     around: list[Tensor] = []
+    size = tokens.numel() * model.width
 
     def note(module: nn.Module, inputs: tuple, output: Any) -> None:
-        if isinstance(output, Tensor) and output.shape == (*tokens.shape, model.width):
-            outputs[module] = output.clone()  # some blocks add to it in place
+        rows = rows_of(output)
+        if isinstance(rows, Tensor) and rows.numel() == size and rows.shape[-1] == model.width:
+            outputs[module] = rows.clone().view(*tokens.shape, -1)  # some blocks add to it in place
 
     hooks = [module.register_forward_hook(note) for module in block.modules() if module is not block]
     for tap in (model.resid_pre(layer), model.resid_post(layer)):
