@@ -82,13 +82,18 @@ def write_text(path: Path, text: str) -> Path:
     return Path(path)
 
 
+_SEAL = "sha256"
+"""The fact that is the hash of the tensors and of all other facts."""
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict) -> Path:
     """Write named tensors, and `facts` as JSON in the header, as one safetensors file, beside and renamed."""
     from safetensors.torch import save_file
 
-    content, told = {name: tensor.contiguous() for name, tensor in tensors.items()}, json.dumps(facts)
+    content = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    sealed = json.dumps({**facts, _SEAL: hash_of(content, json.dumps(facts))})
     with replacing(path) as scratch:
-        save_file(content, scratch, {"facts": told, "sha256": hash_of(content, told)})
+        save_file(content, scratch, {"facts": sealed})  # one entry: safetensors writes several in a random order
     return Path(path)
 
 
@@ -109,11 +114,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, "pt") as file:
             tensors, told = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
         facts = json.loads(told["facts"])
+        seal = facts.pop(_SEAL, told.get(_SEAL))
     except PermissionError as error:
         raise SteerError(f"{path} cannot be read: {error.strerror}; make it readable") from error
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
+    except (OSError, SafetensorError, TypeError, AttributeError, KeyError, ValueError, RecursionError) as error:
         raise SteerError(f"{path} is not a whole checkpoint ({error}); delete it to start anew") from error
-    if told.get("sha256", whole := hash_of(tensors, told["facts"])) != whole:
+    if seal is not None and seal != hash_of(tensors, json.dumps(facts)):
         raise SteerError(f"{path} is damaged: it does not have the checksum written in it; delete it to start anew")
     return tensors, facts
 
@@ -124,8 +130,9 @@ def read_facts(path: Path) -> dict:
 
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["facts"])
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError, RecursionError) as error:
+            facts = json.loads(file.metadata()["facts"])
+            return {name: value for name, value in facts.items() if name != _SEAL}
+    except (OSError, SafetensorError, TypeError, AttributeError, KeyError, ValueError, RecursionError) as error:
         raise SteerError(f"{path} is not a whole checkpoint ({error}); delete it to start anew") from error
 
 

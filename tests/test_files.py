@@ -13,7 +13,7 @@ import torch
 
 import sae_steer
 from sae_steer.errors import SteerError
-from sae_steer.files import read_tensors, replacing, sha256, sweep, timed, write_tensors, write_text
+from sae_steer.files import read_facts, read_tensors, replacing, sha256, sweep, timed, write_tensors, write_text
 from sae_steer.randomness import generator
 
 
@@ -140,3 +140,10 @@ def test_timing_stands_in_a_file_of_its_own(tmp_path):
     with timed(tmp_path):
         pass
     assert json.loads((tmp_path / "timing.json").read_text())["seconds"] >= 0
+
+
+def test_the_same_tensors_and_facts_are_the_same_bytes_every_time(tmp_path):
+    facts, tensors = {"step": 3, "identity": {"seed": 0}}, {"a": torch.ones(2, 3), "b": torch.zeros(1)}
+    written = {write_tensors(tmp_path / str(n), tensors, facts).read_bytes() for n in range(16)}
+    assert len(written) == 1
+    assert read_tensors(tmp_path / "0")[1] == read_facts(tmp_path / "0") == facts
