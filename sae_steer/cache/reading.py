@@ -86,7 +86,7 @@ class ActivationCache:
     def own_texts(self, split: str, model: str) -> list[Text]:
         """The split's texts in the renderings that count for `model`."""
         own = self.own_variants(model)
-        return [text for text in self.texts(split) if text.variant in own]
+        return [text for text in self.texts(split) if text.rendering in own]
 
     def target_tokens(self, pair: ModelPair) -> TargetTokens:
         """The tokens whose probability is measured, counted over the train split in the target's rendering."""
@@ -130,7 +130,7 @@ class ActivationCache:
             Text(
                 prompt=int(labels["prompt"][start]),
                 task=int(labels["task"][start]),
-                variant=int(labels["text_variant"][start]),
+                rendering=int(labels["text_variant"][start]),
                 split=split,
                 token=labels["token"][start:stop],
                 is_onset=labels["is_onset"][start:stop].astype(bool),

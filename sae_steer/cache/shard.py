@@ -88,7 +88,7 @@ def _label_columns(texts: Sequence[Text]) -> dict[str, np.ndarray]:
         **{name: joined(name) for name in ("token", "is_onset", "step", "next_is_target", "true_p")},
         "prompt": spread("prompt"),
         "task": spread("task"),
-        "text_variant": spread("variant"),
+        "text_variant": spread("rendering"),
         "position": np.concatenate([np.arange(len(text)) for text in texts]),
     }
 

@@ -47,7 +47,7 @@ def layer_probability(
     curves = []
     for done, (model, (variant, rendering)) in enumerate(readings):
         on_step(done, len(readings), f"{model.name} on {rendering} texts")
-        chosen = [text for text in texts if text.variant == variant and text.is_onset.any()][: settings.prompts]
+        chosen = [text for text in texts if text.rendering == variant and text.is_onset.any()][: settings.prompts]
         if chosen:
             _check_tasks(chosen, rendering)
             curve = _curve(model.model, chosen, tokens.ids, settings)

@@ -26,7 +26,7 @@ class Text:
 
     prompt: int
     task: int
-    variant: int
+    rendering: int
     """Index into the source's `variants`."""
     split: str
     token: np.ndarray
@@ -98,7 +98,7 @@ class GeneratedTexts:
                 where=f"plan {plan.prompt} of '{split}' ({plan.variant})",
                 prompt=first + plan.prompt,
                 task=plan.task.index,
-                variant=self.variants.index(plan.variant),
+                rendering=self.variants.index(plan.variant),
                 split=split,
                 true_p=[step.true_p for step in plan.steps],
             )
@@ -151,7 +151,7 @@ class TextFile:
                 where=f"{self.path}, line {line.line},",
                 prompt=prompt,
                 task=numbers[line.task],
-                variant=self.variants.index(line.rendering or UNNAMED),
+                rendering=self.variants.index(line.rendering or UNNAMED),
                 split=split,
                 may_cut=True,
             )
@@ -210,7 +210,7 @@ def _label(
     where: str,
     prompt: int,
     task: int,
-    variant: int,
+    rendering: int,
     split: str,
     true_p: list[float] | None = None,
     may_cut: bool = False,
@@ -229,7 +229,7 @@ def _label(
     return Text(
         prompt=prompt,
         task=task,
-        variant=variant,
+        rendering=rendering,
         split=split,
         token=np.asarray(ids, dtype=np.int32),
         is_onset=labels.is_onset,

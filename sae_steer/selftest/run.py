@@ -128,7 +128,7 @@ def prepare(pair: ModelPair, out: Path, settings: SelftestSettings, precision: s
     own = source.variants.index(pair.target.name)
 
     def texts(split: str) -> list:
-        return [text for text in source.texts(pair, split) if text.variant == own]
+        return [text for text in source.texts(pair, split) if text.rendering == own]
 
     return Ground(
         pair=pair,

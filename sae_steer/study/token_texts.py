@@ -60,7 +60,7 @@ def token_texts(
             Text(
                 prompt=number,
                 task=int(task[number]),
-                variant=0,
+                rendering=0,
                 split=splits[int(task[number])],
                 token=token,
                 is_onset=here,

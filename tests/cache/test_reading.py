@@ -45,7 +45,7 @@ def test_labels_are_the_grammars(tiny, whole):
         assert len(texts) == 2 * count
         for variant in (0, 1):
             plans = write_plans(split, cache.variants[variant], count=count, seed=0)
-            own = [text for text in texts if text.variant == variant]
+            own = [text for text in texts if text.rendering == variant]
             for plan, text in zip(plans, own, strict=True):
                 assert (text.prompt, text.task, text.split) == (first + plan.prompt, plan.task.index, split)
                 assert tiny.tokenizer.decode(text.token.tolist()) == plan.text
@@ -126,7 +126,7 @@ def test_own_renderings_are_those_of_a_models_name(whole):
     assert (cache.own_variants("standard"), cache.own_variants("adhd"), cache.own_variants("base")) == (
         (0,), (1,), (0, 1),
     )  # fmt: skip
-    assert {text.variant for text in cache.own_texts("scan", "adhd")} == {1}
+    assert {text.rendering for text in cache.own_texts("scan", "adhd")} == {1}
 
 
 def test_a_batch_is_a_pure_function_of_its_step_and_seed(whole):

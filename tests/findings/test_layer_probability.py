@@ -65,7 +65,7 @@ def test_there_is_a_curve_for_each_model_on_each_rendering(record, pair, cache):
 def test_both_models_read_the_same_onsets_and_tasks_are_the_clusters(record, cache, pair):
     sizes = {(curve["rendering"], curve["n"], curve["tasks"]) for curve in record["curves"]}
     assert len(sizes) == len(cache.variants)
-    chosen = [text for text in cache.texts("confirm") if text.variant == cache.variants.index("adhd")][:6]
+    chosen = [text for text in cache.texts("confirm") if text.rendering == cache.variants.index("adhd")][:6]
     curve = record["curves"][-1]
     assert curve["n"] == sum(int(text.is_onset.sum()) for text in chosen)
     assert curve["tasks"] == len({text.task for text in chosen})

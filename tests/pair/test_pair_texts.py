@@ -32,7 +32,7 @@ def test_generated_texts_carry_the_grammars_labels(tiny):
         first = min(text.prompt for text in texts)
         assert len(texts) == len(plans)
         for text in texts:
-            plan = plans[text.prompt - first, GeneratedTexts.variants[text.variant]]
+            plan = plans[text.prompt - first, GeneratedTexts.variants[text.rendering]]
             assert tiny.tokenizer.decode(text.token.tolist()) == plan.text
             assert text.task == plan.task.index
             assert text.step[text.is_onset].tolist() == list(range(len(plan.steps)))
@@ -51,7 +51,7 @@ def test_the_renderings_of_a_plan_share_prompt_and_task_and_prompts_are_never_re
         by_prompt.setdefault(text.prompt, []).append(text)
     assert len(by_prompt) == 12 + 8 + 4 + 6
     for renderings in by_prompt.values():
-        assert [text.variant for text in renderings] == [0, 1]
+        assert [text.rendering for text in renderings] == [0, 1]
         assert len({(text.task, text.split) for text in renderings}) == 1
 
 
@@ -63,7 +63,7 @@ def test_no_task_is_in_two_splits(tiny):
 def test_one_rendering_alone_is_another_source(tiny):
     alone = GeneratedTexts(FEW, variants=("adhd",))
     assert alone.identity() != GeneratedTexts(FEW).identity()
-    both = [text for text in GeneratedTexts(FEW).texts(tiny, "scan") if text.variant == 1]
+    both = [text for text in GeneratedTexts(FEW).texts(tiny, "scan") if text.rendering == 1]
     for one, other in zip(alone.texts(tiny, "scan"), both, strict=True):
         assert np.array_equal(one.token, other.token)
 
@@ -121,7 +121,7 @@ def test_renderings_of_a_file_are_named_and_numbered(tiny, tmp_path):
     source = TextFile.read(path)
     assert source.variants == ("adhd", "standard")
     texts = sorted(all_texts(source, tiny), key=lambda text: text.prompt)
-    assert [text.variant for text in texts] == [1, 0, 1, 0]
+    assert [text.rendering for text in texts] == [1, 0, 1, 0]
 
 
 def test_the_identity_of_a_file_is_its_content_and_how_it_is_read(tmp_path):
