@@ -44,7 +44,7 @@ _HOME = {
     "ScanSettings": "settings",
     "SteerError": "errors",
     "SteerSettings": "settings",
-    "Study": "study.of_pair",
+    "Study": "study.record",
     "Subtract": "edits.edit",
     "TextFile": "pair.texts",
     "TopKSAE": "sae.architectures",

@@ -43,10 +43,12 @@ from sae_steer.settings import (
     SAESettings,
     ScanSettings,
 )
-from sae_steer.study.of_pair import FILES as STUDY_FILES
-from sae_steer.study.of_pair import RECORD_FILE as STUDY_RECORD
-from sae_steer.study.of_pair import Source, Study, intervene, load_study, plan_study, study_provenance
+from sae_steer.study.files import FILES as STUDY_FILES
+from sae_steer.study.files import RECORD_FILE as STUDY_RECORD
+from sae_steer.study.files import load_study
+from sae_steer.study.of_pair import Source, intervene, plan_study, study_provenance
 from sae_steer.study.plan import check_unedited
+from sae_steer.study.record import Study
 from sae_steer.world import World
 
 
@@ -145,7 +147,7 @@ def find_or_intervene(
                 on_step=on_step,
             ).save(out)  # fmt: skip
     study = load_study(out)
-    check_unedited(out, study.record["plan"])
+    check_unedited(out, study.plan and study.plan.hash)
     return study
 
 

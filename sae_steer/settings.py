@@ -212,6 +212,22 @@ CONTROLS = {"quick": 49, "full": 199, "final": 999}
 """Control directions a family: a first look, the protocol, and a result to publish."""
 
 
+@dataclass(frozen=True)
+class Draws:
+    """How often a statistic is resampled, and the seed of it."""
+
+    draws: int = 10_000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What an effect is compared with: a share of the gap between the models, never above a cap."""
+
+    share: float = 0.05
+    cap: float = 0.012
+
+
 @dataclass(frozen=True, kw_only=True)
 class InterveneSettings(Checked):
     """What `intervene` does, against which bound, and with how much data."""
@@ -255,6 +271,11 @@ class InterveneSettings(Checked):
     seed: Seed = 0
 
     @property
+    def resampling(self) -> Draws:
+        """Of every bootstrap and sign flip."""
+        return Draws(self.bootstrap_draws, self.seed)
+
+    @property
     def quick(self) -> bool:
         """Whether the control families are too small for more than a first look."""
         return self.controls < 99
@@ -283,6 +304,11 @@ class AtlasSettings(Checked):
     max_q: Share = 0.05
     """Largest Benjamini-Hochberg q over all features and variants."""
     seed: Seed = 0
+
+    @property
+    def resampling(self) -> Draws:
+        """Of every bootstrap."""
+        return Draws(self.bootstrap_draws, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from sae_steer.errors import InputError, StaleError, SteerError
 from sae_steer.pair.model_pair import load_pair
 from sae_steer.pipeline import Places, StudySettings, find_or_intervene, find_or_scan, run_study
 from sae_steer.settings import InterveneSettings, ScanSettings
-from sae_steer.study.of_pair import load_study
+from sae_steer.study.files import load_study
 
 UNEQUAL = ("timing.json", "log.jsonl", ".sae_steer")
 """What holds wall times, or nothing."""
@@ -96,7 +96,7 @@ def test_the_feature_studied_is_the_first_of_the_scan(finished):
     scanned = json.loads((folder / "run" / "scan" / "feature_diff.json").read_text())
     study = load_study(studied(folder))
     assert study.tested
-    assert study.record["feature"] == scanned["top"][0]["feature"]
+    assert study.feature == scanned["top"][0]["feature"]
 
 
 def test_a_second_run_makes_nothing_again(finished, pair):

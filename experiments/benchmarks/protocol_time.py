@@ -29,7 +29,8 @@ from sae_steer.records import provenance, read_json, write_json
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.scan import load_scan
 from sae_steer.settings import PRESETS, CorpusSettings, InterveneSettings
-from sae_steer.study.of_pair import Study, intervene
+from sae_steer.study.of_pair import intervene
+from sae_steer.study.record import Study
 
 RECORD = record_path(__file__)
 EXACT, SAMPLED = "exact", "with_sampled_plans"
@@ -54,7 +55,7 @@ def timed(pair: ModelPair, dictionary: Dictionary, cache: ActivationCache, setti
 
 def write(shape: str, study: Study, settings: InterveneSettings, inputs: dict, seconds: dict) -> None:
     """Put one shape's figures into the record."""
-    edits = [len(v["controls"]) * settings.controls * v["single"]["n"] for v in study.record["variants"]]
+    edits = [len(variant.controls) * settings.controls * variant.single.n for variant in study.variants]
     origin = provenance(settings=settings, inputs=inputs)
     found = {
         "provenance": origin,

@@ -163,7 +163,7 @@ def make_atlas(
         "silent": [feature for feature in sorted(features) if feature not in sized],
         "n": len(onsets),
         "tasks": onsets.tasks,
-        "gap": estimates(survey.gap(charts)[:, None], onsets, study)[0],
+        "gap": estimates(survey.gap(charts)[:, None], onsets, settings.resampling)[0],
         "bound": {"share": settings.bound_share, "cap": settings.bound_cap, "value": survey.bound(charts)},
         "variants": [survey.described(chart, rows) for chart in charts],
         "features": rows,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sae_steer import stats
 from sae_steer.edits.controls import MAX_COSINE, covariance_matched, isotropic
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator, random_numbers
 
 CHECKED = 48
 """Controls on which the interpolation is checked, about."""
@@ -68,7 +68,7 @@ def draw_pool(
         others: decoder rows of features that may be controls, of length one, and `carried` into the edited stream.
         stream: the edited stream at onsets.
     """
-    chosen = np.random.default_rng([seed, 67]).permutation(len(others))[: count // 3]
+    chosen = random_numbers(seed, Stream.ATLAS_FEATURES).permutation(len(others))[: count // 3]
     near = ((tested @ others[torch.from_numpy(chosen).to(others.device)].T).abs() > MAX_COSINE).cpu().numpy()
     covariance = (count - len(chosen)) // 2
     rest = count - len(chosen) - covariance + int(near.sum(axis=1).max(initial=0))
@@ -76,7 +76,7 @@ def draw_pool(
         [
             carried[torch.from_numpy(chosen).to(carried.device)],
             covariance_matched(stream, covariance, seed).to(carried.device),
-            isotropic(rest, stream.shape[1], generator(seed, 73)).to(carried.device),
+            isotropic(rest, stream.shape[1], generator(seed, Stream.ATLAS_ISOTROPIC)).to(carried.device),
         ]
     )
     allowed = np.ones((len(tested), len(units)), dtype=bool)
@@ -90,7 +90,7 @@ def ranked_onsets(
     """Onsets at which controls are read: `count` of as many tasks as there are, and how many these are; after them
     the fewest found that let every feature fire at `firings` of all, or wherever it fires.
     """
-    order = np.random.default_rng([seed, 71]).permutation(len(task))
+    order = random_numbers(seed, Stream.ATLAS_ONSETS).permutation(len(task))
     first = np.sort(np.unique(task[order], return_index=True)[1])
     spread = np.concatenate([order[first], np.delete(order, first)])[:count]
     left = fires.copy()

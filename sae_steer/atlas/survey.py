@@ -20,7 +20,7 @@ from sae_steer.atlas.pool import NullDraws, between, draw_pool, norm_bins, rank_
 from sae_steer.atlas.sweep import Place, Swept
 from sae_steer.edits.arms import Bench
 from sae_steer.edits.controls import decoder_rows
-from sae_steer.edits.variants import Direction, Variant, four_variants
+from sae_steer.edits.variants import Direction, Variant, all_variants
 from sae_steer.effects.estimates import estimates
 from sae_steer.effects.firings import onset_stream
 from sae_steer.effects.measure import OnsetRows
@@ -28,7 +28,6 @@ from sae_steer.errors import InputError
 from sae_steer.sae.codes import SparseCodes
 from sae_steer.settings import LEVEL, AtlasSettings, InterveneSettings
 
-ABLATION = "zero_ablate"
 BEYOND, OPPOSITE, COMMON, INSIDE, OPEN, RARE = "beyond", "opposite", "common", "inside", "open", "rare"
 TAGS = {
     BEYOND: "beyond the bound as predicted, further than control directions go",
@@ -74,9 +73,11 @@ class Survey:
 
     @property
     def places(self) -> list[Place]:
-        """The streams to edit; ablation shares that of subtraction."""
-        inject, subtract, ablate, upstream = four_variants(self.settings.upstream)
-        return [self._place(inject), self._place(subtract, ablate), self._place(upstream)]
+        """The streams to edit, each with the variants that share it: the same model, block and way."""
+        shared: dict[tuple[bool, int, int], list[Variant]] = {}
+        for variant in all_variants(self.settings.upstream):
+            shared.setdefault((variant.edits_target, variant.layers_below, variant.predicted_sign), []).append(variant)
+        return [self._place(*variants) for variants in shared.values()]
 
     @cached_property
     def sizes(self) -> Float[np.ndarray, " alive"]:
@@ -133,7 +134,7 @@ class Survey:
         unit = torch.stack([direction.unit for direction in self.sized.values()])
         flavour, carried = next(iter(bench.units(unit, variant).items()))
         others = np.setdiff1d(np.arange(len(self.sized)), self.where)
-        ablates = any(v.name == ABLATION for v in variants)
+        ablates = any(v.needs_feature for v in variants)
         ranked, spread = self.ranked
         sizes = self.sizes[self.where]
         return Place(
@@ -159,10 +160,10 @@ class Survey:
     def chart(self, place: Place, swept: Swept, variant: Variant) -> Chart:
         """A variant's part of what was read in its place."""
         spread = place.ranked[: place.spread]
-        if variant.name == ABLATION:
+        if variant.needs_feature:
             effect, at = swept.ablated, place.ranked
-            estimate = attribution.ablated(swept.gradient, self.codes, self.decoder.double().cpu().numpy())
-            estimate = estimate[list(self.sized)]
+            ablated = attribution.ablated(swept.gradient, self.codes, self.decoder.double().cpu().numpy())
+            estimate = -variant.predicted_sign * ablated[list(self.sized)]
             # of the onsets at which a feature fires, times the share it fires at: comparable with the mean over all
             scale = (effect != 0).mean(axis=0) / (self.taken > 0).sum(axis=0).clip(1)
             weights = scale[:, None, None] * between(self.taken, place.norms).swapaxes(0, 1)
@@ -194,15 +195,15 @@ class Survey:
             draws=settings.bootstrap_draws, seed=settings.seed,
         )  # fmt: skip
         firings = (self.contribution != 0).sum(0).cpu().numpy()
-        rare = np.concatenate([(firings < settings.min_firings) & (c.variant.name == ABLATION) for c in charts])
+        rare = np.concatenate([(firings < settings.min_firings) & c.variant.needs_feature for c in charts])
         p = np.concatenate([chart.null.p for chart in charts])
         p_beyond = np.minimum(compared.p_above, compared.p_below)  # of the two sides one is near 1: one test, not two
         q, q_beyond = (_corrected(values, ~rare) for values in (p, p_beyond))
         above, inside = compared.p_above <= compared.p_below, compared.inside(LEVEL)
         rows = []
         keys = [(chart, place, feature) for chart in charts for place, feature in enumerate(self.tested)]
-        for column, ((chart, place, feature), told) in enumerate(
-            zip(keys, estimates(effect, self.onsets, as_of_one_study(settings)), strict=True)
+        for column, ((chart, place, feature), estimate) in enumerate(
+            zip(keys, estimates(effect, self.onsets, settings.resampling), strict=True)
         ):
             sign = 1 if above[column] else -1
             tested = not rare[column]
@@ -213,7 +214,9 @@ class Survey:
                     "log_odds": float(log_odds[feature]),
                     "size": self.sized[feature].s,
                     "firings": int(firings[place]),
-                    **{key: told[key] for key in ("mean", "low", "high")},
+                    "mean": estimate.mean,
+                    "low": estimate.low,
+                    "high": estimate.high,
                     "low_90": float(compared.effect.low[column]),
                     "high_90": float(compared.effect.high[column]),
                     "estimate": float(chart.estimate[self.where[place]]),
@@ -250,7 +253,7 @@ class Survey:
             "controls": place.pool.counts,
             "null": {"low": chart.null.pooled[0], "high": chart.null.pooled[1], "draws": chart.null.fewest},
             "norms": place.norms.tolist(),
-            "ranked_onsets": len(place.ranked) if chart.variant.name == ABLATION else place.spread,
+            "ranked_onsets": len(place.ranked) if chart.variant.needs_feature else place.spread,
             "interpolation_error": chart.interpolation_error,
             "estimate": attribution.error(chart.estimate[self.where], chart.effect.mean(axis=0)),
             "tags": {name: counted[name] for name in TAGS},

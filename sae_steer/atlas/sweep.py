@@ -110,8 +110,9 @@ class Place:
         return self.variants[0].predicted_sign * scaled.flatten(0, 1)
 
     def _taken(self, row: int) -> tuple[np.ndarray, Float[Tensor, "firing d_model"]]:
-        """The tested features that fire at an onset, and what their ablation adds."""
+        """The tested features that fire at an onset, and what taking their contribution away adds, or doubling it."""
         if self.contribution is None:
             return np.zeros(0, dtype=np.int64), self.shifts[:0]
         firing = self.contribution[row].nonzero()[:, 0]
-        return firing.cpu().numpy(), -self.contribution[row, firing, None] * self.decoder[firing]
+        sign = self.variants[0].predicted_sign
+        return firing.cpu().numpy(), sign * self.contribution[row, firing, None] * self.decoder[firing]

@@ -14,7 +14,7 @@ from sae_steer.cache.shuffle import Shuffle
 from sae_steer.cache.storage import decoded
 from sae_steer.cache.stored import StoredRows
 from sae_steer.errors import InputError
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator
 from sae_steer.row_filter import RowsThatCount, every_row
 
 AT_ONCE = 4_096
@@ -109,7 +109,7 @@ class ActivationRows:
                 "choose a smaller multiple of it, or cache more texts"
             )
         epoch, within = divmod(step, n_blocks // per_batch)
-        key = torch.randint(2**62, (), generator=generator(seed, epoch, 3)).item()
+        key = torch.randint(2**62, (), generator=generator(seed, epoch, Stream.ROW_ORDER)).item()
         blocks = Shuffle(n_blocks, key)(np.arange(within * per_batch, (within + 1) * per_batch))
         parts = np.searchsorted(self._block_ends, blocks, side="right")
         starts = (blocks - np.concatenate([[0], self._block_ends])[parts]) * BLOCK

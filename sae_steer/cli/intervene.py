@@ -106,7 +106,7 @@ def intervene(
         loaded, cache, dictionary, source, folder,
         settings=settings, leave_out=leave_out, force=force, on_step=Bar("intervene"),
     )  # fmt: skip
-    click.echo(f"{study.record['direction']} of {dictionary.name}: {study.record['note']}", err=True)
+    click.echo(f"{study.direction} of {dictionary.name}: {study.note}", err=True)
     click.echo(study.table(), err=True)
     click.echo(folder)
 

@@ -25,7 +25,6 @@ from sae_steer.model.readout import Measure, TargetMass
 from sae_steer.model.replay import Edit
 from sae_steer.pair.model_pair import NamedModel
 from sae_steer.pair.texts import Text
-from sae_steer.randomness import generator
 from sae_steer.row_filter import RowFilter
 from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.settings import InterveneSettings
@@ -67,7 +66,11 @@ class Arm:
 
     def edit(self, dose: float, flavour: str | None = None) -> Edit:
         """The intervention at a dose, by default along the primary unit."""
-        return self.direction.of(self.variant, dose, self.units[flavour or self.flavour])
+        return self.variant.edit(self.direction, dose, self.units[flavour or self.flavour])
+
+    def intended(self, before: Float[Tensor, "row d_model"], dose: float) -> Float[Tensor, "row d_model"]:
+        """The change it should make of each row, written apart from the edit."""
+        return self.variant.intended(self.direction, dose, self.units[self.flavour], before)
 
     def positive(self, name: str, dose: float) -> "Signed":
         """A norm-matched positive control: added on the reference model, subtracted on the target model."""
@@ -218,24 +221,25 @@ class Bench:
     def _arm(self, direction: Direction, variant: Variant, matched: Float[Tensor, "direction d_model"] | None) -> Arm:
         settings, below = self.settings, self.layer - variant.layers_below
         model = self.target if variant.edits_target else self.reference
-        device, d_model = model.model.device, model.model.shape.d_model
+        device = model.model.device
         link, stream = self.link(variant), self.onset_stream(variant)
         count, spare = settings.controls, settings.calibration
+        if matched is not None and link is not None and link.transported:
+            matched = link.carry.direction(matched)
+        source = families.DrawnFrom(stream, matched, settings.seed)
         drawn = {
-            families.ISOTROPIC: families.isotropic(count + spare, d_model, generator(settings.seed, 31)).to(device),
-            families.COVARIANCE: families.covariance_matched(stream, count + spare, settings.seed).to(device),
+            family.name: units.to(device)
+            for family in families.FAMILIES
+            if (units := family.draw(source, count + spare)) is not None and len(units)
         }
-        if matched is not None and len(matched):
-            same_basis = link is None or not link.transported
-            drawn[families.MATCHED] = matched.to(device) if same_basis else link.carry.direction(matched)
         enough = drawn.get(families.MATCHED, ())
         fresh_family = families.MATCHED if len(enough) >= count + spare else families.ISOTROPIC
         donor = self.reference if variant.edits_target else self.target
         carried = self.bridge(below, below, to_target=variant.edits_target)
-        source = Donor(donor.model, below)
-        patches = {TRANSPORTED: Patch(source, carried.carry)}
+        other = Donor(donor.model, below)
+        patches = {TRANSPORTED: Patch(other, carried.carry)}
         if carried.rotation is not None:
-            patches |= {ROTATED: Patch(source, carried.rotation), RAW: Patch(source, lambda rows: rows.to(device))}
+            patches |= {ROTATED: Patch(other, carried.rotation), RAW: Patch(other, lambda rows: rows.to(device))}
         return Arm(
             variant=variant,
             model=model,
@@ -246,7 +250,7 @@ class Bench:
             patches=patches,
             patch_r2=carried.check.affine_r2,
             positives=self._positives(model, link),
-            families={name: found[:count] for name, found in drawn.items()},
+            families={name: units[:count] for name, units in drawn.items()},
             fresh=drawn[fresh_family][count : count + spare],
             fresh_family=fresh_family,
         )

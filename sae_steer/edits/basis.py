@@ -26,7 +26,7 @@ from sae_steer.model.batching import length_batches
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.rows import TOKENS_PER_BATCH, real_streams
 from sae_steer.pair.texts import Text
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator
 from sae_steer.row_filter import RowFilter, RowsThatCount
 
 FIT_ROWS = 30_000
@@ -170,7 +170,7 @@ def embedding_check(
     rows = min(map(len, tables))
     tables = [table[:rows] for table in tables]
     chosen = (row_filter or RowFilter()).of_streams(np.arange(rows), np.zeros(rows, bool), tables)
-    order = torch.randperm(rows, generator=generator(seed, 61)).numpy()
+    order = torch.randperm(rows, generator=generator(seed, Stream.EMBEDDING_HALVES)).numpy()
     halves = [half[chosen.counts[half]] for half in (order[: rows // 2], order[rows // 2 :])]
     fit, test = ([table[half] for table in tables] for half in halves)
     every = tables[0][order[rows // 2 :]], tables[1][order[rows // 2 :]]

@@ -9,8 +9,10 @@ matched features  decoder rows of other features nearest in firing rate and size
 All are of length one; the edit studied gives them the length it moves each row by.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,10 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_steer.edits.variants import Direction
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator, random_numbers
 from sae_steer.sae.architectures import SparseDictionary
 
 ISOTROPIC, COVARIANCE, MATCHED = "isotropic", "covariance", "matched features"
+UNKNOWN_COLOR = "#8a6fa8"
+"""Of a family that another version drew."""
 MAX_COSINE = 0.3
 SPECIFIC_RATE, SPECIFIC_RATIO = 0.01, 10.0
 """What counts as specific on the tune split, where no scan says it."""
@@ -86,14 +90,14 @@ def matched_features(
     distance = (((traits - wanted) / spread) ** 2).sum(axis=1)
     found = np.flatnonzero(eligible)
     nearest = found[np.argsort(distance[found], kind="stable")][:count]
-    return np.random.default_rng([seed, 37]).permutation(nearest)
+    return random_numbers(seed, Stream.MATCHED_ORDER).permutation(nearest)
 
 
 def covariance_matched(rows: Float[np.ndarray, "row d_model"], count: int, seed: int) -> Float[Tensor, "count d_model"]:
     """Directions of length one drawn from the normal distribution with the rows' covariance."""
     values, vectors = np.linalg.eigh(np.cov(rows.astype(np.float64), rowvar=False))
     root = torch.from_numpy(vectors * np.sqrt(values.clip(min=0))).float()
-    drawn = torch.randn(count, rows.shape[1], generator=generator(seed, 41)) @ root.T
+    drawn = torch.randn(count, rows.shape[1], generator=generator(seed, Stream.COVARIANCE_CONTROLS)) @ root.T
     return drawn / drawn.norm(dim=-1, keepdim=True)
 
 
@@ -101,3 +105,65 @@ def isotropic(count: int, d_model: int, generator: torch.Generator) -> Float[Ten
     """Directions of length one, uniform on the sphere."""
     drawn = torch.randn(count, d_model, generator=generator)
     return drawn / drawn.norm(dim=-1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class DrawnFrom:
+    """What one arm's control directions are drawn from."""
+
+    stream: Float[np.ndarray, "onset d_model"]
+    """The edited stream at onsets of the tune texts."""
+    matched: Float[Tensor, "row d_model"] | None
+    """Decoder rows of other features, carried into the edited stream; None without a dictionary."""
+    seed: int
+
+
+class Family(ABC):
+    """A kind of control direction. A further one is one class here, in `FAMILIES`."""
+
+    name: ClassVar[str]
+    color: ClassVar[str]
+    """Of its histogram."""
+
+    @abstractmethod
+    def draw(self, source: DrawnFrom, count: int) -> Float[Tensor, "_direction d_model"] | None:
+        """`count` directions of length one, or as many as there are; None where it has none."""
+
+
+class Isotropic(Family):
+    """Uniform on the sphere."""
+
+    name, color = ISOTROPIC, "#9a9a9a"
+
+    def draw(self, source: DrawnFrom, count: int) -> Float[Tensor, "_direction d_model"]:
+        """From the seed alone."""
+        return isotropic(count, source.stream.shape[1], generator(source.seed, Stream.ISOTROPIC_CONTROLS))
+
+
+class CovarianceMatched(Family):
+    """Like what the model writes at onsets."""
+
+    name, color = COVARIANCE, "#6fa8c9"
+
+    def draw(self, source: DrawnFrom, count: int) -> Float[Tensor, "_direction d_model"]:
+        """From the covariance of the stream."""
+        return covariance_matched(source.stream, count, source.seed)
+
+
+class MatchedFeatures(Family):
+    """Other features that fire as often and as far."""
+
+    name, color = MATCHED, "#c9a86f"
+
+    def draw(self, source: DrawnFrom, count: int) -> Float[Tensor, "_direction d_model"] | None:
+        """Those that were chosen beforehand."""
+        return source.matched
+
+
+FAMILIES: tuple[Family, ...] = (Isotropic(), CovarianceMatched(), MatchedFeatures())
+"""In the order in which they are drawn and shown."""
+
+
+def color_of_family(name: str) -> str:
+    """Of a family's histogram."""
+    return next((family.color for family in FAMILIES if family.name == name), UNKNOWN_COLOR)

@@ -20,7 +20,7 @@ from torch import Tensor
 from sae_steer.edits.variants import Direction
 from sae_steer.errors import InputError, NotFiniteError, SteerError
 from sae_steer.model.language_model import LanguageModel
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator
 from sae_steer.sae.architectures import SparseDictionary
 
 SOURCES = ("mean-difference", "unembedding", "random")
@@ -102,7 +102,7 @@ def unembedding(model: LanguageModel, ids: tuple[int, ...]) -> Float[Tensor, " d
 
 def random_direction(d_model: int, seed: int) -> Float[Tensor, " d_model"]:
     """Uniform on the sphere."""
-    drawn = torch.randn(d_model, generator=generator(seed, 53))
+    drawn = torch.randn(d_model, generator=generator(seed, Stream.RANDOM_DIRECTION))
     return drawn / drawn.norm()
 
 

@@ -1,5 +1,7 @@
 """How often a feature fires at the onsets that are read, and whether that is often enough to test it."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -8,36 +10,69 @@ from torch import Tensor
 from sae_steer.edits.variants import Direction
 from sae_steer.effects.measure import OnsetRows
 from sae_steer.effects.readings import Onsets
+from sae_steer.effects.splicing import SplicedLoss
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.replay import gather
-from sae_steer.settings import InterveneSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class FiringCount:
+    """Onsets and tasks at which a feature fires, and how many of both a test needs."""
+
+    onsets: int
+    of_onsets: int
+    tasks: int
+    single_onsets: int
+    """Of the onsets that are edited one at a time, those at which it fires."""
+    of_single_onsets: int
+    needs_onsets: int
+    needs_tasks: int
+
+    @property
+    def enough(self) -> bool:
+        """Whether the feature fires often enough to be tested."""
+        return self.onsets >= self.needs_onsets and self.tasks >= self.needs_tasks
+
+    def why_untested(self, name: str) -> str | None:
+        """What the feature lacks for a test, with the counts; None if it can be tested."""
+        if self.enough and self.single_onsets:
+            return None
+        none_alone = "" if self.single_onsets else ", at none of those drawn to be edited singly"
+        return (
+            f"{name} fires at {self.onsets} onsets of {self.tasks} tasks in the confirm texts{none_alone}; a test "
+            f"needs {self.needs_onsets} onsets of {self.needs_tasks} tasks"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Firings(FiringCount):
+    """The count in the target model, and what else a record says of a feature."""
+
+    s: float | None
+    """The length of dose 1; None for a feature that is silent on the tune texts."""
+    s_from: str
+    s_share_of_resid_norm: float | None
+    """`s` as a share of the stream's median length there."""
+    reference_onsets: int | None = None
+    """Onsets at which the feature fires in the reference; None where the widths differ."""
+    ce_recovered: SplicedLoss | None = None
+    """None where the feature is not tested."""
 
 
 def count_firings(
-    model: LanguageModel, layer: int, direction: Direction, onsets: Onsets, settings: InterveneSettings
-) -> dict:
-    """Onsets and tasks at which a feature fires in the target model, also among those edited one at a time."""
-    fires = {mode: _fires(model, layer, direction, onsets.of_mode(mode)) for mode in ("single", "joint")}
-    return {
-        "onsets": int(fires["joint"].sum()),
-        "of_onsets": len(onsets.joint),
-        "tasks": len(np.unique(onsets.joint.task[fires["joint"]])),
-        "single_onsets": int(fires["single"].sum()),
-        "of_single_onsets": len(onsets.single),
-        "needs_onsets": settings.min_firings,
-        "needs_tasks": settings.min_tasks,
-    }
-
-
-def why_untested(firings: dict, name: str) -> str | None:
-    """What a feature lacks for a test, with the counts; None if it can be tested."""
-    enough = firings["onsets"] >= firings["needs_onsets"] and firings["tasks"] >= firings["needs_tasks"]
-    if enough and firings["single_onsets"]:
-        return None
-    none_alone = "" if firings["single_onsets"] else ", at none of those drawn to be edited singly"
-    return (
-        f"{name} fires at {firings['onsets']} onsets of {firings['tasks']} tasks in the confirm texts{none_alone}; a "
-        f"test needs {firings['needs_onsets']} onsets of {firings['needs_tasks']} tasks"
+    model: LanguageModel, layer: int, direction: Direction, onsets: Onsets, *, needs_onsets: int, needs_tasks: int
+) -> FiringCount:
+    """Onsets and tasks at which a feature fires in a model, also among those edited one at a time."""
+    single = _fires(model, layer, direction, onsets.single)
+    joint = _fires(model, layer, direction, onsets.joint)
+    return FiringCount(
+        onsets=int(joint.sum()),
+        of_onsets=len(joint),
+        tasks=len(np.unique(onsets.joint.task[joint])),
+        single_onsets=int(single.sum()),
+        of_single_onsets=len(single),
+        needs_onsets=needs_onsets,
+        needs_tasks=needs_tasks,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sae_steer.edits.controls import MAX_COSINE, decoder_rows
 from sae_steer.edits.edit import AblateGroup, ZeroAblate
 from sae_steer.edits.variants import Direction
-from sae_steer.effects import estimates as effects
+from sae_steer.effects.estimates import Effect, estimates
 from sae_steer.effects.measure import Request, read, unedited
 from sae_steer.effects.readings import Onsets, trial_rows
 from sae_steer.model.language_model import LanguageModel
@@ -37,6 +37,24 @@ class Likeness:
     """Of the decoder rows."""
     cofiring: float
     """Share of the studied feature's onsets at which it fires too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupEffect(Effect):
+    """What ablating the group did, beside the feature alone."""
+
+    rows_edited: int
+    alone: Effect
+
+
+@dataclass(frozen=True)
+class Group:
+    """The features most like the one studied, and what ablating all of them does."""
+
+    features: tuple[Likeness, ...]
+    """Beside the one studied."""
+    single: GroupEffect
+    joint: GroupEffect
 
 
 def features_like(
@@ -74,8 +92,8 @@ def read_group(
     onsets: Onsets,
     measure: Measure,
     settings: InterveneSettings,
-) -> tuple[dict, dict[str, np.ndarray]]:
-    """What ablating the group does, single and joint, beside the feature alone: a record, and its trials."""
+) -> tuple[Group, dict[str, np.ndarray]]:
+    """What ablating the group does, single and joint, beside the feature alone; and its trials."""
     sae, feature, dose = direction.sae, direction.feature, settings.primary_dose
     assert sae is not None, "only a feature of a dictionary can be ablated"
     assert feature is not None, "only a feature of a dictionary can be ablated"
@@ -84,11 +102,12 @@ def read_group(
     requests = [
         Request(onsets.of_mode(mode), edits, joint=mode == "joint", places=settings.positions) for mode in MODES
     ]
-    record: dict = {"features": [vars(one) for one in like]}
+    effects: dict[str, GroupEffect] = {}
     parts = []
     for mode, reading in zip(MODES, read(model, layer, requests, measure), strict=True):
         rows = onsets.of_mode(mode)
-        together, alone = effects.estimates(reading.value[:, 1:] - reading.value[:, :1], rows, settings)
-        record[mode] = {**together, "rows_edited": int((reading.delivered[:, 1] > 0).sum()), "alone": alone}
+        together, alone = estimates(reading.value[:, 1:] - reading.value[:, :1], rows, settings.resampling)
+        moved = int((reading.delivered[:, 1] > 0).sum())
+        effects[mode] = GroupEffect(**vars(together), rows_edited=moved, alone=alone)
         parts.append(trial_rows(rows, reading, 1, GROUP, mode, GROUP, dose))
-    return record, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Group(like, **effects), {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -19,6 +19,7 @@ from sae_steer.model.readout import Measure, TargetMass, divergence, nats, off_t
 from sae_steer.model.replay import CleanPass, Edit, gather
 from sae_steer.model.rows import padded
 from sae_steer.pair.texts import Text
+from sae_steer.randomness import Stream, random_numbers
 
 ELSEWHERE = "elsewhere"
 """The position control: as many random positions of each text that are no onsets."""
@@ -75,7 +76,7 @@ class OnsetRows:
     @classmethod
     def of(cls, texts: Sequence[Text], chosen: Sequence[np.ndarray], *, seed: int = 0) -> "OnsetRows":
         """The onsets `chosen` (positions) of each text; texts without any are left out."""
-        random = np.random.default_rng([seed, 43])
+        random = random_numbers(seed, Stream.ELSEWHERE)
         kept = [i for i, positions in enumerate(chosen) if len(positions)]
         batches, rows = [], []
         for batch in padded([texts[i].token for i in kept]):

@@ -22,6 +22,7 @@ from sae_steer.effects.measure import (
 from sae_steer.errors import InputError
 from sae_steer.model.replay import Edit
 from sae_steer.pair.texts import Text
+from sae_steer.randomness import Stream, random_numbers
 from sae_steer.settings import InterveneSettings
 
 JOINT_DOSES = "joint_doses"
@@ -49,7 +50,7 @@ class Onsets:
     @classmethod
     def of(cls, texts: Sequence[Text], settings: InterveneSettings) -> "Onsets":
         """The onsets of the texts, by the settings' counts and seed."""
-        random = np.random.default_rng([settings.seed, 5])
+        random = random_numbers(settings.seed, Stream.ONSETS_READ)
         every = [np.flatnonzero(text.is_onset) for text in texts]
         if not sum(map(len, every)):
             raise InputError(
@@ -63,7 +64,7 @@ class Onsets:
 
     def of_mode(self, mode: str) -> OnsetRows:
         """Those of `single`, `joint` or `joint_doses`."""
-        return getattr(self, mode)
+        return {"single": self.single, "joint": self.joint, JOINT_DOSES: self.joint_doses}[mode]
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def trials(readings: Sequence[ArmReading], onsets: Onsets, settings: InterveneSe
     for found in readings:
         variant = found.arm.variant.name
         for mode, columns in found.columns.items():
-            rows, reading, named = onsets.of_mode(mode), found.readings[mode], mode.split("_")[0]
+            rows, reading, named = onsets.of_mode(mode), found.readings[mode], "single" if mode == "single" else "joint"
             for column, (direction, dose) in enumerate(columns, 1):
                 if mode == JOINT_DOSES and (direction, dose) in found.columns["joint"]:
                     continue  # read on all texts

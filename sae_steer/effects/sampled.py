@@ -23,7 +23,7 @@ from sae_steer.model.replay import edited
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.quality import sample_plans, step_counts
 from sae_steer.pair.texts import Text
-from sae_steer.settings import InterveneSettings
+from sae_steer.settings import Draws, InterveneSettings
 
 STEPS, STRICT, LENIENT = range(3)
 MATCHERS = {"strict": STRICT, "lenient": LENIENT}
@@ -39,6 +39,59 @@ def plan_prompts(pair: ModelPair, texts: Sequence[Text]) -> list[tuple[str, int]
     return [(plan.title, text.task) for plan, text in zip(plans, texts, strict=True)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """Steered and unedited plans that share their noise: the mean difference of a plan's share of matched steps."""
+
+    delta: float
+    low: float | None
+    """Of the interval over tasks, as `high` and `p` None on fewer than two."""
+    high: float | None
+    p: float | None
+    """By sign flips over tasks."""
+    plans: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchedSteps:
+    """The share of target steps by one matcher, beside what two unedited samples differ by."""
+
+    rate: float | None
+    """Matched steps over steps; None for an arm that wrote none, as `delta` and `p` then are."""
+    baseline_rate: float | None
+    baseline_rate_all_seeds: float
+    delta: float | None
+    null_low: float
+    """Of the middle 95 % of the A/A null."""
+    null_high: float
+    null_sd: float
+    p: float | None
+    paired: PairedDifference
+
+    @property
+    def outside_null(self) -> bool:
+        """Whether the difference is one that unedited samples seldom show."""
+        return self.delta is not None and not self.null_low <= self.delta <= self.null_high
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledArm:
+    """Plans sampled under an edit."""
+
+    texts: int
+    steps: int
+    mean_step_count: float
+    strict: MatchedSteps
+    """By the grammar's phrases."""
+    lenient: MatchedSteps
+    """By keywords."""
+
+    @property
+    def by_matcher(self) -> dict[str, MatchedSteps]:
+        """Both, by name."""
+        return {"strict": self.strict, "lenient": self.lenient}
+
+
 @dataclass(frozen=True)
 class SampledArms:
     """Samples of plans under each arm's edit, and of the unedited models once."""
@@ -49,7 +102,7 @@ class SampledArms:
     settings: InterveneSettings
     _baselines: dict[str, Int[np.ndarray, "prompt seed 3"]] = field(default_factory=dict)
 
-    def read(self, arm: Arm) -> dict | None:
+    def read(self, arm: Arm) -> SampledArm | None:
         """Samples under the arm's edit at every delimiter, compared with the baseline's.
 
         None without prompts, and if the unedited model writes so few steps that a null draw could hold none.
@@ -90,36 +143,45 @@ def compare(
     baseline: Int[np.ndarray, "prompt seed 3"],
     task: Int[np.ndarray, " prompt"],
     settings: InterveneSettings,
-) -> dict:
+) -> SampledArm:
     """The arm's rates, its difference from a baseline with other noise beside the A/A null, and from one with the same.
 
     An arm that wrote no step has no rate, and so no difference.
     Seed i of `counts` has the noise of seed i of `baseline`.
     """
-    steered, other = counts[:, 0], baseline[:, -1]
-    found = {
-        "texts": len(steered),
-        "steps": int(steered[:, STEPS].sum()),
-        "mean_step_count": float(steered[:, STEPS].mean()),
-    }
-    for matcher, column in MATCHERS.items():
-        hits, steps = baseline[..., column], baseline[..., STEPS]
-        null = stats.aa_null(hits, steps, draws=settings.null_draws, seed=settings.seed)
-        rate, unedited = _rate(steered, column), _rate(other, column)
-        delta = None if rate is None or unedited is None else rate - unedited
-        low, high = np.quantile(null, [0.025, 0.975])
-        found[matcher] = {
-            "rate": rate,
-            "baseline_rate": unedited,
-            "baseline_rate_all_seeds": float(hits.sum() / steps.sum()),
-            "delta": delta,
-            "null_low": float(low),
-            "null_high": float(high),
-            "null_sd": float(null.std()),
-            "p": None if delta is None else stats.rank_p(delta, null),
-            "paired": _paired(counts, baseline[:, : counts.shape[1]], column, task, settings),
-        }
-    return found
+    steered = counts[:, 0]
+    matched = {name: _matched(counts, baseline, column, task, settings) for name, column in MATCHERS.items()}
+    return SampledArm(
+        texts=len(steered),
+        steps=int(steered[:, STEPS].sum()),
+        mean_step_count=float(steered[:, STEPS].mean()),
+        **matched,
+    )
+
+
+def _matched(
+    counts: Int[np.ndarray, "prompt paired 3"],
+    baseline: Int[np.ndarray, "prompt seed 3"],
+    column: int,
+    task: Int[np.ndarray, " prompt"],
+    settings: InterveneSettings,
+) -> MatchedSteps:
+    hits, steps = baseline[..., column], baseline[..., STEPS]
+    null = stats.aa_null(hits, steps, draws=settings.null_draws, seed=settings.seed)
+    low, high = np.quantile(null, [0.025, 0.975])
+    rate, unedited = _rate(counts[:, 0], column), _rate(baseline[:, -1], column)
+    delta = None if rate is None or unedited is None else rate - unedited
+    return MatchedSteps(
+        rate=rate,
+        baseline_rate=unedited,
+        baseline_rate_all_seeds=float(hits.sum() / steps.sum()),
+        delta=delta,
+        null_low=float(low),
+        null_high=float(high),
+        null_sd=float(null.std()),
+        p=None if delta is None else stats.rank_p(delta, null),
+        paired=_paired(counts, baseline[:, : counts.shape[1]], column, task, settings.resampling),
+    )
 
 
 def _paired(
@@ -127,21 +189,21 @@ def _paired(
     baseline: Int[np.ndarray, "prompt paired 3"],
     column: int,
     task: Int[np.ndarray, " prompt"],
-    settings: InterveneSettings,
-) -> dict:
+    draws: Draws,
+) -> PairedDifference:
     """The mean difference of a plan's share of matched steps, both samples with the same noise."""
     difference = (_shares(counts, column) - _shares(baseline, column)).mean(axis=1, keepdims=True)
-    draws = {"draws": settings.bootstrap_draws, "seed": settings.seed}
+    plans = counts[..., 0].size
     if len(np.unique(task)) < 2:
-        return {"delta": float(difference.mean()), "low": None, "high": None, "p": None, "plans": counts[..., 0].size}
-    found = stats.cluster_bootstrap(difference, task, **draws)
-    return {
-        "delta": float(found.mean[0]),
-        "low": float(found.low[0]),
-        "high": float(found.high[0]),
-        "p": float(stats.sign_flip_p(difference, task, **draws)[0]),
-        "plans": counts[..., 0].size,
-    }
+        return PairedDifference(delta=float(difference.mean()), low=None, high=None, p=None, plans=plans)
+    estimate = stats.cluster_bootstrap(difference, task, **vars(draws))
+    return PairedDifference(
+        delta=float(estimate.mean[0]),
+        low=float(estimate.low[0]),
+        high=float(estimate.high[0]),
+        p=float(stats.sign_flip_p(difference, task, **vars(draws))[0]),
+        plans=plans,
+    )
 
 
 def _shares(counts: Int[np.ndarray, "prompt paired 3"], column: int) -> Float[np.ndarray, "prompt paired"]:

@@ -9,26 +9,67 @@ final norm and the unembedding make of it alone, on the clean stream, is its dir
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_steer.effects import estimates as effects
+from sae_steer.effects.estimates import Effect, estimates
 from sae_steer.effects.measure import OnsetRows
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.readout import Measure
 from sae_steer.model.replay import CleanPass, Edit
-from sae_steer.settings import InterveneSettings
+from sae_steer.settings import Draws
 
 PARTS = ("resid", "attention", "mlp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceBlock:
+    """What an edit changes at one block: mean length, and mean projection on what the target's unembedding reads."""
+
+    block: int
+    n: int
+    """Onsets that the edit moves."""
+    resid_norm: float | None
+    """Of the stream after the block; None if no onset is moved."""
+    resid_projection: float | None
+    attention_norm: float | None
+    """Of what the block's attention adds to the change; None for the block of the edit itself."""
+    attention_projection: float | None
+    mlp_norm: float | None
+    mlp_projection: float | None
+
+    def of(self, part: str, what: str) -> float | None:
+        """One of `PARTS`, its `norm` or its `projection`."""
+        norms = {"resid": self.resid_norm, "attention": self.attention_norm, "mlp": self.mlp_norm}
+        projections = {
+            "resid": self.resid_projection, "attention": self.attention_projection, "mlp": self.mlp_projection
+        }  # fmt: skip
+        return norms[part] if what == "norm" else projections[part]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectEffect(Effect):
+    """The change of the measure if nothing above read the edit, and the whole one at the same onsets."""
+
+    whole: Effect
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Where an edit goes, block by block, and what it does without them."""
+
+    blocks: tuple[TraceBlock, ...]
+    direct: DirectEffect
 
 
 @torch.no_grad()
 def trace(
     model: LanguageModel, layer: int, edit: Edit, onsets: OnsetRows, unit: Float[Tensor, " d_model"]
-) -> list[dict]:
+) -> tuple[TraceBlock, ...]:
     """Per block from `layer` on: mean norm and mean projection on `unit` of what the edit changes, and its parts.
 
     Each onset is edited alone and followed at its own position; those that the edit does not move are left out.
@@ -37,7 +78,7 @@ def trace(
     Args:
         unit: what the target's unembedding reads (`directions.unembedding`), of length one.
     """
-    found: dict[tuple[int, str], list[Tensor]] = {}
+    changes_by_place: dict[tuple[int, str], list[Tensor]] = {}
     for batch in onsets.batches:
         clean = CleanPass.of(model, batch.tokens.to(model.device), layer)
         positions, real = batch.positions.to(model.device), batch.real.to(model.device)
@@ -45,16 +86,18 @@ def trace(
         changes = differences(clean, positions, before, edit(before))
         moved = (changes[layer, "resid"].norm(dim=-1) > 0) & real.flatten()
         for key, change in changes.items():
-            found.setdefault(key, []).append(change[moved])
-    rows = {key: torch.cat(parts) for key, parts in found.items()}
-    blocks = range(layer, model.shape.n_layers)
-    return [{"block": block, "n": len(rows[block, "resid"]), **_means(rows, block, unit)} for block in blocks]
+            changes_by_place.setdefault(key, []).append(change[moved])
+    rows = {key: torch.cat(parts) for key, parts in changes_by_place.items()}
+    return tuple(
+        TraceBlock(block=block, n=len(rows[block, "resid"]), **_means(rows, block, unit))
+        for block in range(layer, model.shape.n_layers)
+    )
 
 
 @torch.no_grad()
 def direct_effect(
-    model: LanguageModel, layer: int, edit: Edit, onsets: OnsetRows, measure: Measure, settings: InterveneSettings
-) -> dict:
+    model: LanguageModel, layer: int, edit: Edit, onsets: OnsetRows, measure: Measure, draws: Draws
+) -> DirectEffect:
     """The change of the measure if no block above read the edit and the final norm kept its scale, with its interval;
     and the whole effect at the same onsets, each edited alone.
     """
@@ -66,10 +109,10 @@ def direct_effect(
         after = edit(before)
         last, edited = clean.above.single(positions, torch.stack([before, after]))
         logits = model.unembed(last), model.unembed_frozen(last, after - before), model.unembed(edited)
-        parts.append(torch.stack([measure(found[real]).double() for found in logits], dim=1).cpu())
+        parts.append(torch.stack([measure(under[real]).double() for under in logits], dim=1).cpu())
     value = torch.cat(parts).numpy()
-    direct, whole = effects.estimates(value[:, 1:] - value[:, :1], onsets, settings)
-    return {**direct, "whole": whole}
+    direct, whole = estimates(value[:, 1:] - value[:, :1], onsets, draws)
+    return DirectEffect(**vars(direct), whole=whole)
 
 
 @torch.no_grad()
@@ -115,10 +158,10 @@ def _written(model: LanguageModel, layers: Sequence[int]) -> Iterator[dict[tuple
 
 def _means(rows: dict[tuple[int, str], Tensor], block: int, unit: Float[Tensor, " d_model"]) -> dict:
     """Mean norm and projection of each part at one block; None for the parts of the edit itself."""
-    found = {}
+    means: dict[str, float | None] = {}
     for part in PARTS:
         change = rows.get((block, part))
-        known = change is not None and len(change) > 0
-        found[f"{part}_norm"] = float(change.norm(dim=-1).mean()) if known else None
-        found[f"{part}_projection"] = float((change @ unit.to(change)).mean()) if known else None
-    return found
+        changed = change is not None and len(change) > 0
+        means[f"{part}_norm"] = float(change.norm(dim=-1).mean()) if changed else None
+        means[f"{part}_projection"] = float((change @ unit.to(change)).mean()) if changed else None
+    return means

@@ -1,6 +1,7 @@
 """How a measure's numbers are written: a probability in points, any other in its own unit; and what caps its bound."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sae_steer.model.readout import Measure, TargetMass
 from sae_steer.settings import InterveneSettings
@@ -9,11 +10,16 @@ UNCAPPED = 1e6
 """The cap of the bound for a measure that is no probability: far beyond any number a model gives."""
 
 
+UnitName = Literal["points", "in the measure's own unit"]
+
+
 @dataclass(frozen=True)
 class Unit:
     """What one unit of a measure is called, and how many of them a difference of one is."""
 
-    name: str
+    name: UnitName
+    short: str
+    """For the head of a column."""
     factor: float
     form: str
 
@@ -26,9 +32,12 @@ class Unit:
         return f"{self.factor * value:{self.form}}"
 
 
-POINTS = Unit("points", 100.0, ".2f")
+POINTS = Unit("points", "points", 100.0, ".2f")
 """Of probability."""
-OWN = Unit("in the measure's own unit", 1.0, ".3g")
+OWN = Unit("in the measure's own unit", "own unit", 1.0, ".3g")
+
+
+UNITS = {unit.name: unit for unit in (POINTS, OWN)}
 
 
 def is_probability(measure: Measure) -> bool:

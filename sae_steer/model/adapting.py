@@ -10,7 +10,7 @@ from sae_steer.errors import InputError, NotNativeError
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.language_model import LanguageModel
 from sae_steer.model.loading import load_decoder
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator
 
 TOKENS, SHARE = 32, 1e-3
 """Read by a Llama and by the decoder made of it, and how far their logits may part, as a share of the largest."""
@@ -54,7 +54,9 @@ def _native(model: Any) -> Decoder | None:
             decoder = load_decoder(Path(folder)).to(model.device)
         except NotNativeError:
             return None
-    tokens = torch.randint(0, decoder.shape.d_vocab, (1, TOKENS), generator=generator(0, 97)).to(model.device)
+    tokens = torch.randint(0, decoder.shape.d_vocab, (1, TOKENS), generator=generator(0, Stream.PROBE_TOKENS)).to(
+        model.device
+    )
     with torch.no_grad():
         theirs, ours = model.eval()(tokens).logits, decoder(tokens)
     return decoder if (ours - theirs).abs().max() <= SHARE * theirs.abs().max() else None

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator
 
 Tokens = Int[Tensor, "_batch _pos"]
 """One batch; batches differ in both axes."""
@@ -40,7 +40,7 @@ def bucket(
                 rows = []
             rows.append(text)
         batches.append(pad(rows, pad_id))
-    order = torch.randperm(len(batches), generator=generator(seed, 7)).tolist()
+    order = torch.randperm(len(batches), generator=generator(seed, Stream.BATCH_ORDER)).tolist()
     return tuple(batches[i] for i in order)
 
 

@@ -20,7 +20,7 @@ from sae_steer.errors import InputError, SteerError
 from sae_steer.files import sha256, write_text
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.loading.tensors import INDEX, WHOLE
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator
 
 TOKENS = 64
 """Read in one text: enough that bases and scalings of positions show."""
@@ -55,7 +55,9 @@ def compare(model: Decoder, folder: Path) -> Comparison | None:
     kept = _kept(key)
     if kept is not None:
         return kept
-    tokens = torch.randint(0, model.shape.d_vocab, (1, min(TOKENS, model.shape.n_ctx)), generator=generator(0, 97))
+    tokens = torch.randint(
+        0, model.shape.d_vocab, (1, min(TOKENS, model.shape.n_ctx)), generator=generator(0, Stream.PROBE_TOKENS)
+    )
     large = model.n_parameters > LARGE
     theirs = _their_logits(folder, tokens, rounded=large)
     if theirs is None or not theirs.isfinite().all():  # weights that are not finite: what runs them says where

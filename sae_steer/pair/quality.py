@@ -11,7 +11,7 @@ from sae_steer.model.rows import real_streams
 from sae_steer.model.sampling import sample
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.progress import Progress, silent
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator
 from sae_steer.row_filter import RowFilter
 
 GENERATIONS = 1_000
@@ -59,7 +59,9 @@ def sample_plans(
         end_id=pair.tokenizer.token_id("<|end|>"),
         max_tokens=pair.context,
         temperature=temperature,
-        generator=generator(*seeds, 21) if parts is None else [generator(*seeds, part, 21) for part in parts],
+        generator=generator(*seeds, Stream.SAMPLED_TOKENS)
+        if parts is None
+        else [generator(*seeds, part, Stream.SAMPLED_TOKENS) for part in parts],
     )
     return [pair.tokenizer.decode(prompt + more) for prompt, more in zip(prompts, continued, strict=True)]
 

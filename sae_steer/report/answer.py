@@ -1,23 +1,22 @@
 """The page's opening: what the records say, in sentences. Chooses and formats; nothing is computed here."""
 
-from collections.abc import Callable
-
 from sae_steer.report.numbers import count, percent_interval, points_interval, setting, share_interval
-from sae_steer.report.run import Record, RunRecords, StudyRecord
+from sae_steer.report.run import Record, RunRecords
+from sae_steer.study.record import Evidence, Mode, Study
 
 
 def answer(run: RunRecords) -> list[list[str]]:
     """Paragraphs on the scan, every studied feature and the layers: a sentence, and points to it."""
-    found = [[_scan(run.scan)]] if run.scan else []
-    found += [_study(study) for study in run.studies]
+    paragraphs = [[_scan(run.scan)]] if run.scan else []
+    paragraphs += [_study(folder.study) for folder in run.studies]
     if run.layers and run.layers["curves"]:
-        found.append(_layers(run.layers))
-    return found or [["A dictionary has been learned; what its features do has not been looked at yet."]]
+        paragraphs.append(_layers(run.layers))
+    return paragraphs or [["A dictionary has been learned; what its features do has not been looked at yet."]]
 
 
-def verdict(record: Record) -> str:
-    """The record's verdict; one from small control families says so."""
-    return record["verdict"] + (" (quick: small control families, a first look)" if record["quick"] else "")
+def verdict(study: Study) -> str:
+    """The study's verdict; one from small control families says so."""
+    return study.verdict + (" (quick: small control families, a first look)" if study.quick else "")
 
 
 def _scan(scan: Record) -> str:
@@ -38,46 +37,40 @@ def _scan(scan: Record) -> str:
     )
 
 
-def _study(study: StudyRecord) -> list[str]:
-    record = study.record
-    if not record["tested"]:
-        return [f"{study.title} was not tested: {record['reason']}. Verdict: {verdict(record)}."]
-    gap = record["gap"]["single"]
-    found = [
-        f"{study.title} of {record['dictionary']} was added to one model and taken from the other, at "
-        f"step onsets, at dose {record['primary_dose']:g}. Between the models the probability of a target token there "
-        f"differs by {points_interval(gap)} points ({count(gap['n'])} onsets of {count(gap['tasks'])} tasks; 95 % "
+def _study(study: Study) -> list[str]:
+    evidence = study.evidence
+    if evidence is None:
+        return [f"{study.title} was not tested: {study.reason}. Verdict: {verdict(study)}."]
+    gap = evidence.gap.single
+    sentences = [
+        f"{study.title} of {study.dictionary} was added to one model and taken from the other, at "
+        f"step onsets, at dose {evidence.primary_dose:g}. Between the models the probability of a target token there "
+        f"differs by {points_interval(gap)} points ({count(gap.n)} onsets of {count(gap.tasks)} tasks; 95 % "
         "intervals here and below).",
-        f"Verdict: {verdict(record)}. By intervention: {record['verdicts']}.",
-        f"Edited one onset at a time, {_largest(study, 'single')}.",
-        f"Edited at all onsets of a text together, {_largest(study, 'joint')}.",
+        f"Verdict: {verdict(study)}. By intervention: {evidence.verdicts}.",
+        f"Edited one onset at a time, {_largest(evidence, 'single')}.",
+        f"Edited at all onsets of a text together, {_largest(evidence, 'joint')}.",
     ]
-    if all(variant["sampled"] for variant in record["variants"]):
-        outside = _names(study, _outside_null)
-        found.append(f"Sampled plans, outside the band of 95 % of unedited against unedited samples: {outside}.")
-    return found
+    sampled = {variant.name: variant.sampled for variant in evidence.variants if variant.sampled}
+    if len(sampled) == len(evidence.variants):
+        outside = [name for name, arm in sampled.items() if arm.strict.outside_null]
+        sentences.append(
+            "Sampled plans, outside the band of 95 % of unedited against unedited samples: "
+            f"{', '.join(outside) or 'none of the interventions'}."
+        )
+    return sentences
 
 
-def _largest(study: StudyRecord, mode: str) -> str:
-    variant = max(study.record["variants"], key=lambda variant: abs(study.primary(variant, mode)["mean"]))
-    effect = study.primary(variant, mode)
-    if not effect["mean"]:
+def _largest(evidence: Evidence, mode: Mode) -> str:
+    variant = max(evidence.variants, key=lambda variant: abs(evidence.primary(variant, mode).mean))
+    effect = evidence.primary(variant, mode)
+    if not effect.mean:
         return "no intervention changes it"
-    side = "the predicted way" if effect["mean"] * variant["predicted_sign"] > 0 else "against the prediction"
+    side = "the predicted way" if effect.mean * variant.predicted_sign > 0 else "against the prediction"
     return (
-        f"the largest change is by {variant['variant']} in {variant['model']}: {points_interval(effect)} points, "
+        f"the largest change is by {variant.name} in {variant.model}: {points_interval(effect)} points, "
         f"{side}; of the gap, {share_interval(effect)}"
     )
-
-
-def _outside_null(variant: Record) -> bool:
-    found = variant["sampled"]["strict"]
-    return found["delta"] is not None and not found["null_low"] <= found["delta"] <= found["null_high"]
-
-
-def _names(study: StudyRecord, chosen: Callable[[Record], bool]) -> str:
-    found = [variant["variant"] for variant in study.record["variants"] if chosen(variant)]
-    return ", ".join(found) or "none of the interventions"
 
 
 def _layers(layers: Record) -> list[str]:

@@ -12,6 +12,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from sae_steer.atlas.survey import BEYOND, COMMON, INSIDE, OPEN, OPPOSITE, RARE
+from sae_steer.edits.variants import variant_named
 from sae_steer.report.drawing import ABOVE, BAND, FAINT, REFERENCE, RELEASED, SINGLE, TARGET, figure_of, spread, styled
 from sae_steer.report.numbers import MINUS, count, number
 from sae_steer.report.run import Record
@@ -26,12 +27,6 @@ LOOKS = {
 }
 """By tag, the most telling last and on top: label, colour, marker, size."""
 NULL = "#9ecae1"
-TITLES = {
-    "inject": "injected into",
-    "subtract": "subtracted in",
-    "zero_ablate": "zero-ablated in",
-    "upstream": "injected upstream in",
-}
 ARROW = {1: "\u2191", -1: "\u2193"}
 NAMED = 3
 """Features named in a panel: those that move the measure most."""
@@ -47,13 +42,17 @@ def atlas_figure(record: Record, table: Mapping[str, np.ndarray]) -> Figure:
     bound, variants = 100 * record["bound"]["value"], record["variants"]
     figure = figure_of(
         8.4,
-        f"Specific to {record['target']}, and what it causes: {count(record['tested'])} features, four interventions",
+        f"Specific to {record['target']}, and what it causes: {count(record['tested'])} features, "
+        f"{len(variants)} interventions",
         f"At dose 1, one onset edited at a time: means over n = {count(record['n'])} onsets of "
         f"{count(record['tasks'])} tasks; bars: 95 % intervals over tasks.\nControl directions have the features' "
         "own lengths. Numbers: those that move the measure most. Heights: square roots.",
     )
-    grid = figure.subplots(2, 2, sharex=True, sharey=True)
-    for axes, found in zip(grid.ravel(), variants, strict=True):
+    grid = figure.subplots((len(variants) + 1) // 2, 2, sharex=True, sharey=True, squeeze=False)
+    panels = grid.ravel()[: len(variants)]
+    for empty in grid.ravel()[len(variants) :]:
+        empty.remove()
+    for axes, found in zip(panels, variants, strict=True):
         mine = {name: column[table["variant"] == found["variant"]] for name, column in table.items()}
         null = [100 * found["null"][end] for end in ("low", "high")]
         axes.set_yscale("function", functions=(_root, _square))
@@ -63,16 +62,22 @@ def atlas_figure(record: Record, table: Mapping[str, np.ndarray]) -> Figure:
         dots = {"color": FAINT, "alpha": 0.5, "linewidths": 0, "rasterized": True}
         axes.scatter(mine["log_odds"], 100 * mine["estimate"], s=3.5, zorder=1, **dots)
         _tested(axes, mine)
-        title = f"{TITLES[found['variant']]} {found['model']}, predicted {ARROW[found['predicted_sign']]}"
+        title = f"{_titled(found['variant'])} {found['model']}, predicted {ARROW[found['predicted_sign']]}"
         axes.text(0.02, 0.975, title, transform=axes.transAxes, va="top", fontsize=10)
     _scaled(grid[0, 0], table, bound)
-    _labelled(grid.ravel(), variants, table)
+    _labelled(panels, variants, table)
     for axes, handles in zip(grid[0], _legends(record, table), strict=True):
         axes.legend(handles=handles, **ABOVE)
     figure.supylabel("change of P(target tokens), in points", fontsize=9.5)
-    for axes in grid[-1]:
+    for axes in panels[-2:]:
         axes.set_xlabel(f"log-odds of firing, {record['target']} against {record['reference']}")
     return figure
+
+
+def _titled(variant: str) -> str:
+    """What was done, before the name of the model it was done to."""
+    kind = variant_named(variant)
+    return kind.title if kind else f"{variant} in"
 
 
 def _tested(axes: Axes, rows: Mapping[str, np.ndarray]) -> None:

@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from decimal import Decimal
 from math import floor, log10
 
+from sae_steer.effects.estimates import Effect
+
 Number = float | int
+Estimate = Mapping | Effect
+"""A row of a record, or an effect."""
 MINUS = "\u2212"
 NONE = "n/a"
 
@@ -47,17 +51,17 @@ def p_value(value: Number) -> str:
     return _typeset(f"{value:.3f}" if value >= 0.001 else f"{value:.0e}")
 
 
-def points_interval(estimate: Mapping, mean: str = "mean", low: str = "low", high: str = "high") -> str:
+def points_interval(estimate: Estimate, mean: str = "mean", low: str = "low", high: str = "high") -> str:
     """`+1.23 [+0.45, +2.01]`, in points."""
     return _interval(estimate, (mean, low, high), sign=True)
 
 
-def percent_interval(estimate: Mapping, mean: str = "mean", low: str = "low", high: str = "high") -> str:
+def percent_interval(estimate: Estimate, mean: str = "mean", low: str = "low", high: str = "high") -> str:
     """`12.3 % [10.4, 14.1]`, of a share of one."""
     return _interval(estimate, (mean, low, high), unit=" %")
 
 
-def share_interval(estimate: Mapping) -> str:
+def share_interval(estimate: Estimate) -> str:
     """An effect's share of the gap, signed, in percent; an end without bound is an infinity."""
     return _interval(estimate, ("share", "share_low", "share_high"), sign=True, unit=" %")
 
@@ -68,9 +72,10 @@ def log_odds_interval(row: Mapping) -> str:
 
 
 def _interval(
-    estimate: Mapping, keys: tuple[str, str, str], *, sign: bool = False, unit: str = "", scale: int = 100
+    estimate: Estimate, keys: tuple[str, str, str], *, sign: bool = False, unit: str = "", scale: int = 100
 ) -> str:
-    values = [None if estimate[key] is None else scale * estimate[key] for key in keys]
+    ends = [estimate[key] if isinstance(estimate, Mapping) else getattr(estimate, key) for key in keys]
+    values = [None if end is None else scale * end for end in ends]
     largest = max((abs(value) for value in values if value is not None), default=0.0)
     if values[0] is None:
         return NONE

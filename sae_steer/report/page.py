@@ -26,6 +26,7 @@ from sae_steer.report.drawing import png_and_svg
 from sae_steer.report.effect_figures import control_histograms, describe, dose_curves, effect_forest, task_effects
 from sae_steer.report.run import Record, RunRecords
 from sae_steer.report.trace_figure import describe_trace, trace_by_block, traced
+from sae_steer.study.record import Study, TokenSet
 from sae_steer.study.table import without_plans
 
 PAGE_FILE, FIGURES_FOLDER = "report.html", "figures"
@@ -106,18 +107,9 @@ def charts(run: RunRecords) -> list[Chart]:
     if run.scan and run.features:
         alt = "How often each feature fires in the two models, the first ones tabled below."
         found.append(Chart("firing", alt, partial(figures.firing_scatter, run.scan, run.features, run.studied_here)))
-    for study in run.studies:
-        if study.record["tested"]:
-            found += [
-                Chart(f"{study.name}-effects", describe(study), partial(effect_forest, study)),
-                Chart(f"{study.name}-doses", "The effects over the doses, tabled below.", partial(dose_curves, study)),
-                Chart(
-                    f"{study.name}-controls", "The edit among control directions.", partial(control_histograms, study)
-                ),
-                Chart(f"{study.name}-tasks", "The mean effect in every task.", partial(task_effects, study)),
-            ]
-            if traced(study):
-                found.append(Chart(f"{study.name}-trace", describe_trace(study), partial(trace_by_block, study)))
+    for folder in run.studies:
+        if folder.study.tested:
+            found += _charts_of_study(folder.name, folder.study)
     if run.atlas and run.atlas_table is not None:
         alt = "How specific every feature is against what it causes, a panel an intervention, counted below."
         found.append(Chart("atlas", alt, partial(atlas_figure, run.atlas, run.atlas_table)))
@@ -125,6 +117,18 @@ def charts(run: RunRecords) -> list[Chart]:
         alt = "Probability of the target tokens over the layers, tabled below."
         found.append(Chart("layers", alt, partial(figures.layer_curves, run.layers)))
     return found
+
+
+def _charts_of_study(name: str, study: Study) -> list[Chart]:
+    drawn = [
+        Chart(f"{name}-effects", describe(study), partial(effect_forest, study)),
+        Chart(f"{name}-doses", "The effects over the doses, tabled below.", partial(dose_curves, study)),
+        Chart(f"{name}-controls", "The edit among control directions.", partial(control_histograms, study)),
+        Chart(f"{name}-tasks", "The mean effect in every task.", partial(task_effects, study)),
+    ]
+    if traced(study):
+        drawn.append(Chart(f"{name}-trace", describe_trace(study), partial(trace_by_block, study)))
+    return drawn
 
 
 def page(run: RunRecords, images: dict[str, dict[str, str]]) -> str:
@@ -145,8 +149,8 @@ def page(run: RunRecords, images: dict[str, dict[str, str]]) -> str:
     )
 
 
-def _target_tokens(run: RunRecords) -> Record | None:
+def _target_tokens(run: RunRecords) -> TokenSet | Record | None:
     """The measured tokens, from the first record that names them."""
-    records = [study.record for study in run.studies if study.record["tested"]]
-    records += [record for record in (run.atlas, run.layers) if record]
-    return next((record["target_tokens"] for record in records), None)
+    of_studies = [folder.study.target_tokens for folder in run.studies if folder.study.tested]
+    others = [record["target_tokens"] for record in (run.atlas, run.layers) if record]
+    return next((tokens for tokens in [*of_studies, *others] if tokens), None)

@@ -11,6 +11,7 @@ from sae_steer.errors import InputError
 from sae_steer.records import read_json, read_table
 from sae_steer.sae.saelens.files import CONFIG_FILE, WEIGHTS_FILE, identity
 from sae_steer.study.plan import check_unedited
+from sae_steer.study.record import Study, read_study
 
 Record = Mapping[str, Any]
 
@@ -20,10 +21,7 @@ TRAINING = (
     ("provenance", "model", "layer", "final_fve", "final_l0", "dead_pct_train", "dead_pct_heldout"),
 )
 SCAN = ("scan", ("provenance", "dictionary", "target", "reference", "cells", "onsets", "tasks", "criteria", "top"))
-STUDY = (
-    "intervene --feature top",
-    ("provenance", "dictionary", "feature", "direction", "note", "pair", "tested", "firings", "verdict", "quick"),
-)
+STUDY = "intervene --feature top"
 ATLAS = (
     "intervene --all-specific",
     ("provenance", "pair", "target_tokens", "target", "reference", "bound", "gap", "variants", "features"),
@@ -31,8 +29,6 @@ ATLAS = (
 LAYERS = ("layers", ("provenance", "pair", "target_tokens", "curves"))
 LISTED = 12
 """Rows of the atlas that the page tables."""
-MEASURED = ("variants", "verdicts", "bound", "gates", "basis", "gap", "baseline", "primary_dose", "target_tokens")
-"""What the record of a tested direction holds besides."""
 
 
 @dataclass(frozen=True)
@@ -47,26 +43,16 @@ class DictionaryRecord:
 
 
 @dataclass(frozen=True)
-class StudyRecord:
-    """One direction's interventions."""
+class StudyFolder:
+    """One direction's interventions, by the name of their folder."""
 
     name: str
-    """Its folder."""
-    record: Record
-
-    def primary(self, variant: Record, mode: str) -> Record:
-        """A variant's effect at the primary dose."""
-        return next(row for row in variant[mode]["doses"] if row["dose"] == self.record["primary_dose"])
+    study: Study
 
     @property
-    def title(self) -> str:
-        """What was studied, as a heading says it."""
-        return self.record["direction"].capitalize()
-
-    @property
-    def dictionary(self) -> str:
-        """The hash of the dictionary its index belongs to."""
-        return self.record["provenance"]["inputs"]["dictionary"]
+    def inputs(self) -> Mapping[str, str]:
+        """The hashes of what the study was made from."""
+        return (self.study.provenance or {}).get("inputs", {})
 
 
 @dataclass(frozen=True)
@@ -78,7 +64,7 @@ class RunRecords:
     scan: Record | None
     features: Mapping[str, np.ndarray] | None
     """The scan's table, one row a feature."""
-    studies: tuple[StudyRecord, ...]
+    studies: tuple[StudyFolder, ...]
     layers: Record | None
     atlas: Record | None = None
     atlas_table: Mapping[str, np.ndarray] | None = None
@@ -111,8 +97,8 @@ class RunRecords:
     @property
     def pair(self) -> str | None:
         """The pair's name, if a record tells it."""
-        named = [*(study.record for study in self.studies), *(part for part in (self.atlas, self.layers) if part)]
-        return next((record["pair"] for record in named), None)
+        of_studies = [folder.study.pair for folder in self.studies if folder.study.pair]
+        return next(iter([*of_studies, *(part["pair"] for part in (self.atlas, self.layers) if part)]), None)
 
     @property
     def missing(self) -> list[tuple[str, str]]:
@@ -121,7 +107,7 @@ class RunRecords:
             ("no dictionary", "train-sae", not self.dictionaries),
             ("no scan of the features", "scan", not self.scan),
             ("no table of all scanned features", "scan --force", self.scan and self.features is None),
-            ("no feature was intervened on", STUDY[0], not self.studies),
+            ("no feature was intervened on", STUDY, not self.studies),
             ("no curves over the layers", "layers", not self.layers),
         ]
         return [(what, f"sae-steer {command}") for what, command, absent in parts if absent]
@@ -131,9 +117,9 @@ class RunRecords:
         """What became of the features whose index belongs to the scanned dictionary."""
         scanned = self.scan["provenance"]["inputs"]["dictionary"] if self.scan else None
         return {
-            study.record["feature"]: "intervened on" if study.record["tested"] else "not tested"
-            for study in self.studies
-            if study.dictionary == scanned and study.record["feature"] is not None
+            folder.study.feature: "intervened on" if folder.study.tested else "not tested"
+            for folder in self.studies
+            if folder.inputs.get("dictionary") == scanned and folder.study.feature is not None
         }
 
     @property
@@ -149,7 +135,7 @@ class RunRecords:
         return [
             *((f"saes/{found.name}/training.json", found.record) for found in self.dictionaries),
             *([("scan/feature_diff.json", self.scan)] if self.scan else []),
-            *((f"intervene/{study.name}/results.json", study.record) for study in self.studies),
+            *((f"intervene/{folder.name}/results.json", folder.study.record()) for folder in self.studies),
             *([("intervene/atlas/atlas.json", self.atlas)] if self.atlas else []),
             *([("layers/layers.json", self.layers)] if self.layers else []),
         ]
@@ -166,13 +152,11 @@ class RunRecords:
         return found
 
 
-def _studies(run: Path) -> Iterator[StudyRecord]:
+def _studies(run: Path) -> Iterator[StudyFolder]:
     for path in sorted(run.glob("intervene/*/results.json"), key=lambda path: (len(str(path)), path)):
-        record = _read(path, STUDY)
-        if record["tested"]:
-            _check_keys(path, record, MEASURED, STUDY[0])
-        check_unedited(path.parent, record.get("plan"))
-        yield StudyRecord(path.parent.name, record)
+        study = read_study(path)
+        check_unedited(path.parent, study.plan and study.plan.hash)
+        yield StudyFolder(path.parent.name, study)
 
 
 def _read(path: Path, kind: tuple[str, tuple[str, ...]]) -> Record | None:

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator
 from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, TopKConfig, TopKSAE
 from sae_steer.sae.kernels import portable as kernels
 from sae_steer.sae.kernels.cuda_graph import Captured
@@ -142,7 +142,7 @@ def new_learner(first: Float[Tensor, "row d_in"], settings: SAESettings, world: 
     W_dec starts at random unit rows, W_enc at the multiple of them that explains the first rows best.
     """
     d_in, d_sae = first.shape[1], settings.d_sae
-    W_dec = normalize(torch.randn(d_sae, d_in, generator=generator(settings.seed, 1)), dim=1)
+    W_dec = normalize(torch.randn(d_sae, d_in, generator=generator(settings.seed, Stream.FIRST_WEIGHTS)), dim=1)
     sample = first[:1024].cpu()
     pre = sample @ W_dec.T
     top = pre.topk(min(settings.k, d_sae), dim=1)

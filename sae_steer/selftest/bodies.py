@@ -23,6 +23,7 @@ from sae_steer.edits.directions import unembedding
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.rows import Padded
 from sae_steer.pair.texts import Text
+from sae_steer.randomness import Stream, random_numbers
 from sae_steer.selftest.surgery import plant_neuron, widened
 
 LANES = CONSTANT, MARK, FEATURE, TWIN = range(4)
@@ -93,7 +94,7 @@ def build_body(
         suppression: length of what the reference writes, as a share of its stream.
         seed: of the tokens at which both write the feature, and of the content that decides.
     """
-    random = np.random.default_rng([seed, 71])
+    random = random_numbers(seed, Stream.PLANTED_BODY)
     sample = _Sample.of(texts)
     lane, model = trained.shape.d_model, widened(trained, lanes=len(LANES), heads=HEADS, neurons=NEURONS)
     model.embed_tokens.weight[:, lane + CONSTANT] = EMBEDDED

@@ -27,7 +27,7 @@ from sae_steer.edits.variants import Direction
 from sae_steer.model.readout import TargetMass
 from sae_steer.pair.model_pair import ModelPair, NamedModel
 from sae_steer.pair.texts import Text
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.selftest.bodies import CONSTANT, FEATURE, LANES, TWIN, Body, build_body
 from sae_steer.selftest.plants import planted
@@ -135,7 +135,7 @@ class Ground:
             )
             rotation, reference = None, body.reference
             if name == "rotated":
-                rotation = random_rotation(body.d_model, generator(self.settings.seed, 79))
+                rotation = random_rotation(body.d_model, generator(self.settings.seed, Stream.PLANTED_ROTATION))
                 reference = rotated(reference, rotation)
             layers = (self.layer - InterveneSettings.upstream, self.layer)
             tuned, fitted = (PairedRows.of(body.target, reference, texts, layers) for texts in (self.tune, self.fit))

@@ -20,6 +20,7 @@ from sae_steer.model.readout import Measure
 from sae_steer.model.replay import CleanPass, Edit, gather
 from sae_steer.model.suffix import DecoderSuffix, Stored
 from sae_steer.pair.texts import Text
+from sae_steer.randomness import Stream, random_numbers
 from sae_steer.settings import MODES
 
 BASE = "base"
@@ -42,7 +43,7 @@ class Population:
     @classmethod
     def of(cls, texts: Sequence[Text], seed: int) -> "Population":
         """The texts, each cut after the last onset read: nothing later can change what is measured."""
-        random, kept, chosen = np.random.default_rng([seed, 73]), [], []
+        random, kept, chosen = random_numbers(seed, Stream.POPULATION_READ), [], []
         for text in texts:
             found = np.flatnonzero(text.is_onset)
             chosen.append(np.sort(random.permutation(found)[:READ]))

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from sae_steer import stats
-from sae_steer.selftest.kinds import KINDS, NEITHER, SIGN, TUNED, VARIANTS
+from sae_steer.selftest.kinds import KINDS, NEITHER, SIGNS, TUNED, VARIANTS, right_of
 from sae_steer.settings import MODES
 from sae_steer.study.verdict import CAUSAL, NON_SPECIFIC, NULL
 
@@ -33,7 +33,7 @@ def summary(studies: Sequence[Mapping], levels: Sequence[Mapping]) -> dict:
         "right_by_kind": {kind: _of_studies([r for r in counted if r["kind"] == kind], "right") for kind in KINDS},
         "inert_called_causal": _of_studies([{**row, "claim": row["verdict"] == CAUSAL} for row in inert]),
         "causal_called_null": _of_studies([{**row, "claim": row["verdict"] == NULL} for row in causal]),
-        "due": {kind: dict(known.right) for kind, known in KINDS.items()},
+        "due": {kind: right_of(kind) for kind in KINDS},
         "confusion": {kind: _confusion([row for row in rows if row["kind"] == kind]) for kind in KINDS},
         "study_verdicts": {kind: Counter(s["verdict"] for s in studies if s["kind"] == kind) for kind in KINDS},
         "failed_gates": {kind: _failed([s for s in studies if s["kind"] == kind]) for kind in KINDS},
@@ -67,7 +67,7 @@ def _of_studies(rows: Sequence[Mapping], what: str = "claim") -> dict:
 
 
 def _row(study: Mapping, variant: str, found: Mapping) -> dict:
-    sign = SIGN[VARIANTS[variant]]
+    sign = SIGNS[variant]
     return {
         "kind": study["kind"],
         "number": study["number"],
@@ -75,7 +75,7 @@ def _row(study: Mapping, variant: str, found: Mapping) -> dict:
         "verdict": found["verdict"],
         "promised": found["promised"],
         "right": found["right"],
-        "due": KINDS[study["kind"]].right.get(variant),
+        "due": right_of(study["kind"]).get(variant),
         "bounds": max(sign * found["truth"][mode] for mode in MODES) / study["bound"],
     }
 

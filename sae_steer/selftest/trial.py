@@ -5,13 +5,14 @@ from dataclasses import replace
 from zlib import crc32
 
 import numpy as np
-import torch
 from scipy.interpolate import PchipInterpolator
 
 from sae_steer import stats
-from sae_steer.effects.measure import FanRequest, OnsetRows, Request, read, unedited
+from sae_steer.effects.firings import count_firings
+from sae_steer.effects.measure import FanRequest, Request, read, unedited
 from sae_steer.effects.readings import Onsets
 from sae_steer.effects.splicing import ce_recovered
+from sae_steer.model.language_model import LanguageModel
 from sae_steer.pair.texts import Text
 from sae_steer.selftest.ground import Ground, Prepared, study_settings
 from sae_steer.selftest.kinds import (
@@ -22,11 +23,13 @@ from sae_steer.selftest.kinds import (
     VARIANTS,
     is_right,
     promised,
+    right_of,
 )
 from sae_steer.selftest.population import BASE, effects
 from sae_steer.settings import MODES, InterveneSettings
 from sae_steer.study.gates import Gate, dictionary_gate
 from sae_steer.study.protocol import weigh
+from sae_steer.typed_json import as_json
 
 STRENGTHS = (0.0, 0.015, 0.03, 0.045, 0.06, 0.08, 0.1, 0.13, 0.17, 0.22, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4, 2.0)
 """At which a reader's effect is measured; between them it is interpolated."""
@@ -44,23 +47,22 @@ def run_study(ground: Ground, kind: str, number: int) -> dict:
     texts, settings = draw_texts(ground, random), study_settings(ground.settings, int(random.integers(2**31)))
     models = body.pair(known.reader, strengths)
     arms = body.arms(models, settings)
-    evidence = weigh(
+    weighed = weigh(
         arms, texts, ground.measure, settings, known_gates=[_dictionary_gate(body, models[1].model, texts, settings)]
     )
     variants = {}
-    for found in evidence.record["variants"]:
-        variant = found["variant"]
-        verdict, tested = found["verdict"], variant in known.right
+    for result in weighed.evidence.variants:
+        variant, is_tested = result.name, result.name in right_of(kind)
         variants[variant] = {
             "truth": truth[variant],
-            "verdict": verdict,
-            "why": found["why"],
-            "promised": promised(kind, variant, truth[variant], bound) if tested else None,
-            "right": is_right(kind, variant, verdict) if tested else None,
-            "direction": found["direction"],
-            "tests": {mode: found[mode]["tests"] for mode in MODES},
-            "rank_p": {family["family"]: family["rank_p"] for family in found["controls"]},
-            "failed_gates": [gate["gate"] for gate in found["gates"] if not gate["passed"]],
+            "verdict": result.verdict,
+            "why": result.why,
+            "promised": promised(kind, variant, truth[variant], bound) if is_tested else None,
+            "right": is_right(kind, variant, result.verdict) if is_tested else None,
+            "direction": result.flavour,
+            "tests": {mode: as_json(read.tests) for mode, read in result.modes.items()},
+            "rank_p": {family.family: family.rank_p for family in result.controls},
+            "failed_gates": [gate.number for gate in result.gates if not gate.passed],
         }
     return {
         "kind": kind,
@@ -69,8 +71,8 @@ def run_study(ground: Ground, kind: str, number: int) -> dict:
         "strengths": strengths,
         "bound": bound,
         "tasks": len(texts),
-        "verdict": evidence.verdict,
-        "gates": evidence.record["gates"],
+        "verdict": weighed.verdict,
+        "gates": [as_json(gate) for gate in weighed.evidence.gates],
         "variants": variants,
     }
 
@@ -165,23 +167,12 @@ def _effect(ground: Ground, name: str, reader: str, model: str, strength: float)
     return effects(ground.inputs(name), TUNED[model], named.model, ground.population, ground.measure)
 
 
-def _dictionary_gate(
-    body: Prepared, target: torch.nn.Module, texts: Sequence[Text], settings: InterveneSettings
-) -> Gate:
+def _dictionary_gate(body: Prepared, target: LanguageModel, texts: Sequence[Text], settings: InterveneSettings) -> Gate:
     """Gate 4, on the study's own texts."""
-    rows = OnsetRows.of(texts, [np.flatnonzero(text.is_onset) for text in texts])
-    fired = []
-    for batch in rows.batches:
-        resid = target.resid_posts(batch.tokens, (body.layer,))[body.layer]
-        index = batch.positions[..., None].expand(-1, -1, resid.shape[-1])
-        fired.append(body.sae.activation_of(resid.gather(1, index)[batch.real], body.feature) > 0)
-    fires = torch.cat(fired).numpy()
-    firings = {
-        "onsets": int(fires.sum()),
-        "tasks": len(np.unique(rows.task[fires])),
-        "needs_onsets": settings.min_firings,
-        "needs_tasks": settings.min_tasks,
-    }
+    firings = count_firings(
+        target, body.layer, body.direction, Onsets.of(texts, settings),
+        needs_onsets=settings.min_firings, needs_tasks=settings.min_tasks,
+    )  # fmt: skip
     spliced = ce_recovered(
         target, body.sae, texts[:SPLICED_TEXTS], body.layer, only_onsets=True, draws=settings.bootstrap_draws
     )

@@ -13,7 +13,7 @@
 A failure of 1 to 6a or of 8 makes the verdict INVALID; of 6b it forbids a null; of 7 it forbids CAUSAL and OPPOSITE.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from sae_steer.edits.arms import RAW, TRANSPORTED, Arm
 from sae_steer.edits.edit import Control, Fan
+from sae_steer.effects.firings import FiringCount
 from sae_steer.effects.measure import FanRequest, OnsetRows, Request, read, unedited
 from sae_steer.effects.splicing import SplicedLoss
 from sae_steer.effects.units import Unit
 from sae_steer.model.readout import Measure, TargetMass
 from sae_steer.model.replay import Edit, whole_pass
+from sae_steer.typed_json import key
 
 REPLAY_TOLERANCE = 1e-4
 """Largest difference of replay from a full pass: in log-odds of a probability, otherwise of the measure itself."""
@@ -41,7 +43,7 @@ WARNING = "warning"
 class Gate:
     """One gate's outcome."""
 
-    number: str
+    number: str = field(metadata=key("gate"))
     name: str
     passed: bool
     detail: str
@@ -145,23 +147,12 @@ class _WholePasses:
         here = at[0]
         self.stray.append(int((delta[~here] != 0).any(-1).sum()))
         before = clean[0][here]
-        wanted = intended(self.arm, before, self.dose) if not isinstance(edit, Control) else edit(before) - before
+        wanted = edit(before) - before if isinstance(edit, Control) else self.arm.intended(before, self.dose)
         size = wanted.norm(dim=-1)
         rounding = 1e-6 * before.norm(dim=-1)
         excess = ((delta[here] - wanted).norm(dim=-1) - rounding).clamp_min(0) / size.clamp_min(1e-30)
         self.deviations.append(float(torch.where((delta[here] - wanted).norm(dim=-1) <= rounding, 0.0, excess).max()))
         return self.measure(logits[0]).double().cpu(), delta.norm(dim=-1).double().cpu()
-
-
-def intended(arm: Arm, before: Float[Tensor, "row d_model"], dose: float) -> Float[Tensor, "row d_model"]:
-    """The change an arm should make of each row, written down a second time, apart from the edit itself."""
-    direction = arm.direction
-    if arm.variant.name == "zero_ablate":
-        assert direction.sae is not None
-        assert direction.feature is not None
-        active = direction.sae.activation_of(before, direction.feature)
-        return -dose * active[:, None] * direction.sae.direction(direction.feature)
-    return (arm.variant.predicted_sign * dose * direction.s * arm.units[arm.flavour]).expand_as(before)
 
 
 def _apart(one: Float[np.ndarray, " row"], other: Float[np.ndarray, " row"], measure: Measure) -> float:
@@ -170,19 +161,16 @@ def _apart(one: Float[np.ndarray, " row"], other: Float[np.ndarray, " row"], mea
     return float(np.abs(one - other).max(initial=0.0))
 
 
-def dictionary_gate(spliced: SplicedLoss | None, firings: dict) -> Gate:
+def dictionary_gate(spliced: SplicedLoss, firings: FiringCount) -> Gate:
     """Gate 4, for directions of a dictionary."""
     fires = (
-        f"fires at {firings['onsets']} onsets of {firings['tasks']} tasks (needs {firings['needs_onsets']} of "
-        f"{firings['needs_tasks']})"
+        f"fires at {firings.onsets} onsets of {firings.tasks} tasks (needs {firings.needs_onsets} of "
+        f"{firings.needs_tasks})"
     )
-    enough = firings["onsets"] >= firings["needs_onsets"] and firings["tasks"] >= firings["needs_tasks"]
-    if spliced is None:
-        return Gate("4", "the dictionary holds at onsets", enough, fires)
     return Gate(
         "4",
         "the dictionary holds at onsets",
-        enough and spliced.recovered is not None and spliced.recovered >= CE_LEAST,
+        firings.enough and spliced.recovered is not None and spliced.recovered >= CE_LEAST,
         f"{_kept(spliced)} ({spliced.losses}); {fires}",
     )
 

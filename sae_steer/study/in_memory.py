@@ -5,7 +5,7 @@ others, and the rest is what the verdict rests on.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,10 @@ from sae_steer.row_filter import RowFilter
 from sae_steer.sae.architectures import SparseDictionary, on_device
 from sae_steer.settings import InterveneSettings
 from sae_steer.study import of_pair as study
-from sae_steer.study.of_pair import Study, dictionary_gate
+from sae_steer.study.of_pair import dictionary_gate
 from sae_steer.study.plan import Plan
-from sae_steer.study.protocol import Evidence, check_settings, weigh
+from sae_steer.study.protocol import check_settings, weigh
+from sae_steer.study.record import Study
 from sae_steer.study.token_texts import Numbers, token_texts
 from sae_steer.study.verdict import INVALID
 
@@ -63,7 +64,7 @@ def intervene(
     leave_out: Collection[int] | None = None,
     plan: Plan | None = None,
     on_step: Progress = silent,
-) -> "Study | MemoryStudy":
+) -> Study:
     """What a feature or direction does to the behaviour, with a verdict; nothing is written.
 
     `intervene(pair, dictionary, cache, feature=)` reads the texts of a cache, and what the pair calls its behaviour
@@ -111,40 +112,6 @@ def _refuse(strange: Mapping[str, object], texts: str, own: Mapping[str, object]
             raise InputError(f"{name}= means nothing with {texts}, which takes {', '.join(f'{key}=' for key in own)}")
 
 
-@dataclass(frozen=True)
-class MemoryStudy:
-    """A verdict on objects in memory, and the evidence for it."""
-
-    evidence: Evidence | None
-    """None where the feature fires too seldom to be tested."""
-    reason: str | None
-    """Why it could not be tested."""
-
-    @property
-    def verdict(self) -> str:
-        """NULL, CAUSAL, OPPOSITE, NON-SPECIFIC, INCONCLUSIVE or INVALID."""
-        return self.evidence.verdict if self.evidence else INVALID
-
-    @property
-    def record(self) -> dict:
-        """Effects, tests, gates and verdicts by variant, as in a study's results.json."""
-        return self.evidence.record if self.evidence else {"verdict": INVALID, "reason": self.reason}
-
-    def table(self) -> str:
-        """The verdict, then every variant's effect, interval, verdict and reason."""
-        if self.evidence is None:
-            return f"verdict: {INVALID}: {self.reason}"
-        dose = self.record["primary_dose"]
-        lines = [f"verdict: {self.verdict}; {self.record['verdicts']}"]
-        for variant in self.record["variants"]:
-            row = next(row for row in variant["single"]["doses"] if row["dose"] == dose)
-            lines.append(
-                f"{variant['variant']:<12} {row['mean']:+.5f} [{row['low']:+.5f}, {row['high']:+.5f}] "
-                f"{variant['verdict']}: {variant['why']}"
-            )
-        return "\n".join(lines)
-
-
 def intervene_in_memory(
     models: Models,
     subject: Subject,
@@ -159,7 +126,7 @@ def intervene_in_memory(
     clusters: Numbers | None = None,
     settings: InterveneSettings | None = None,
     on_step: Progress = silent,
-) -> MemoryStudy:
+) -> Study:
     """The whole protocol on models, texts and a measure in memory.
 
     Args:
@@ -206,11 +173,13 @@ def intervene_in_memory(
         row_filter=RowFilter(frozenset(models.special_tokens if isinstance(models, ModelPair) else ())),
     )
     confirm = [text for text in texts if text.split == "confirm"][: settings.prompts]
-    direction, known, reason = _direction(bench, subject, sae, feature, confirm)
+    direction, known_gates, firings, reason = _direction(bench, subject, sae, feature, confirm)
+    facts = {"feature": feature, "firings": firings, "quick": settings.quick}
+    facts["direction"] = "a vector" if feature is None else f"feature {feature}"
     if reason is not None:
-        return MemoryStudy(None, reason)
-    arms = bench.arms(direction)
-    return MemoryStudy(weigh(arms, confirm, found, settings, known_gates=known, on_step=on_step), None)
+        return Study(**facts, verdict=INVALID, reason=reason)
+    weighed = weigh(bench.arms(direction), confirm, found, settings, known_gates=known_gates, on_step=on_step)
+    return Study(**facts, **vars(weighed))
 
 
 def measure_of(measure: Measure | Ids, width: int, d_vocab: int) -> Measure:
@@ -270,17 +239,16 @@ def _dictionary(subject: Subject) -> SparseDictionary:
 def _direction(
     bench: Bench, subject: Subject, sae: SparseDictionary | None, feature: int | None, confirm: Sequence[Text]
 ):
-    """The direction, the gates known beforehand, and why it cannot be tested, if so."""
+    """The direction, the gates known beforehand, how often it fires, and why it cannot be tested, if so."""
     d_model = bench.target.model.shape.d_model
     if sae is None:
         if subject.numel() != d_model:
             raise InputError(f"the direction has {subject.numel()} numbers and the stream {d_model} dimensions")
         if not subject.isfinite().all() or not subject.any():
             raise InputError("the direction is zero or not finite; give a vector that points somewhere")
-        return of_vector("a vector", subject.reshape(d_model), None), [], None
+        return of_vector("a vector", subject.reshape(d_model), None), [], None, None
     if feature is None:
         raise InputError("a dictionary has many directions; name one with feature=")
     adopted = adopt_dictionary(sae, model=bench.target, layer=bench.layer)
     direction = feature_direction(sae, feature, *bench.sizing_rows)
-    known, _, reason = dictionary_gate(bench, adopted, direction, confirm, feature)
-    return direction, known, reason
+    return direction, *dictionary_gate(bench, adopted, direction, confirm, feature)

@@ -9,44 +9,41 @@ A feature that hardly fires is not tested: its verdict is INVALID, with the coun
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from sae_steer.align import BasisCheck
 from sae_steer.cache import ActivationCache
 from sae_steer.corpus import TargetTokens
 from sae_steer.dictionary import Dictionary, check_fits
 from sae_steer.edits import directions
-from sae_steer.edits.arms import Bench
+from sae_steer.edits.arms import Arm, Bench
 from sae_steer.edits.basis import embedding_check
 from sae_steer.edits.variants import Direction
-from sae_steer.effects.firings import count_firings, why_untested
-from sae_steer.effects.group import features_like, read_group
-from sae_steer.effects.readings import ControlRows, Onsets
+from sae_steer.effects.firings import Firings, count_firings
+from sae_steer.effects.group import Group, features_like, read_group
+from sae_steer.effects.readings import Onsets
 from sae_steer.effects.sampled import SampledArms, plan_prompts
 from sae_steer.effects.splicing import ce_recovered
-from sae_steer.effects.trace import direct_effect, trace
+from sae_steer.effects.trace import Trace, direct_effect, trace
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
 from sae_steer.model.readout import TargetMass
-from sae_steer.outputs import writing
 from sae_steer.pair.model_pair import ModelPair
+from sae_steer.pair.texts import Text
 from sae_steer.progress import Progress, silent
-from sae_steer.records import hashes_of, provenance, read_json, read_table, write_json, write_table
+from sae_steer.records import provenance
 from sae_steer.settings import SPLITS, InterveneSettings
 from sae_steer.study import gates
-from sae_steer.study.plan import PLAN_FILE, Plan, fix_plan
+from sae_steer.study.gates import Gate
+from sae_steer.study.plan import Plan, fix_plan
 from sae_steer.study.protocol import check_settings, weigh
-from sae_steer.study.released import deepdive_steering, three_probes
-from sae_steer.study.table import table
+from sae_steer.study.record import PlanNote, Study, TokenSet, VariantResult
 from sae_steer.study.verdict import INVALID
 
-RECORD_FILE, TRIALS_FILE = "results.json", "trials.parquet"
-RELEASED = {"deepdive_steering.json": deepdive_steering, "three_probes.json": three_probes}
-FILES = (RECORD_FILE, TRIALS_FILE, *RELEASED, PLAN_FILE)
-"""What a study's folder is made of."""
 TRACE_TEXTS = 60
 """Confirm texts in which each arm's edit is followed through the blocks above."""
 FIT_TEXTS = 300
@@ -54,52 +51,6 @@ FIT_TEXTS = 300
 
 Source = int | str | Path | Tensor
 """A feature's index, one of `directions.SOURCES`, a file with a vector, or a vector."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """The record of one direction's interventions and the trials it rests on."""
-
-    record: dict
-    trials: Mapping[str, np.ndarray]
-    controls: Sequence[ControlRows] = ()
-    """The trials of control directions: rows of `trials.parquet` with a `family`, which `load_study` leaves there."""
-
-    @property
-    def verdict(self) -> str:
-        """NULL, CAUSAL, OPPOSITE, NON-SPECIFIC, INCONCLUSIVE or INVALID."""
-        return self.record["verdict"]
-
-    @property
-    def tested(self) -> bool:
-        """Whether the direction could be tested at all."""
-        return self.record["tested"]
-
-    def table(self) -> str:
-        """The verdict, why, and what was measured at the primary dose."""
-        return table(self.record)
-
-    def save(self, folder: Path) -> Path:
-        """Write `trials.parquet`, the released study's records, and `results.json`; returns the latter.
-
-        The record is removed first and written last, so a folder that has one is whole.
-        """
-        folder = Path(folder)
-        with writing(folder, FILES):
-            for name in (RECORD_FILE, TRIALS_FILE, *RELEASED):
-                (folder / name).unlink(missing_ok=True)
-            if self.tested:
-                write_table(folder / TRIALS_FILE, self.trials, (part.columns() for part in self.controls))
-            for name, told in RELEASED.items():
-                write_json(folder / name, told(self.record))
-            record = {**self.record, "files": hashes_of(folder, [TRIALS_FILE] if self.tested else [])}
-            return write_json(folder / RECORD_FILE, record)
-
-
-def load_study(folder: Path) -> Study:
-    """A study `Study.save` wrote."""
-    record = read_json(Path(folder) / RECORD_FILE)
-    return Study(record, read_table(Path(folder) / TRIALS_FILE, {"family": ""}, of=record) if record["tested"] else {})
 
 
 def study_provenance(
@@ -167,54 +118,70 @@ def intervene(
         dictionary.sae.direction(feature)  # an index outside the dictionary ends here
     tokens = cache.target_tokens(pair)
     bench = bench_of(pair, dictionary, cache, tokens, settings)
-    found = find_direction(bench, dictionary, source)
-    record = {
-        "provenance": study_provenance(pair, cache, dictionary, source, settings, leave_out),
-        "plan": plan.record() if plan else None,
+    studied = find_direction(bench, dictionary, source)
+    texts = cache.own_texts("confirm", pair.target.name)[: settings.prompts]
+    known_gates, firings, reason = dictionary_gate(bench, dictionary, studied, texts, feature)
+    facts = {
+        "direction": _name(source),
+        "quick": settings.quick,
+        "feature": feature,
         "dictionary": dictionary.name,
         "dictionary_sha256": dictionary.sha256,
-        "feature": feature,
         "specific_features": None if leave_out is None else len(leave_out),
-        "direction": _name(source),
-        "note": _note(source),
         "pair": pair.name,
-        "target_tokens": tokens.described(pair.tokenizer),
+        "note": _note(source),
+        "target_tokens": TokenSet.of(tokens.described(pair.tokenizer)),
+        "plan": plan and PlanNote.of(plan.record()),
+        "provenance": study_provenance(pair, cache, dictionary, source, settings, leave_out),
+        "firings": firings,
     }
-    texts = cache.own_texts("confirm", pair.target.name)[: settings.prompts]
-    known, firings, reason = dictionary_gate(bench, dictionary, found, texts, feature)
-    if reason or found is None:
-        untested = {"tested": False, "reason": reason, "firings": firings, "verdict": INVALID, "quick": settings.quick}
-        return Study({**record, **untested}, {})
-    arms = bench.arms(found, leave_out=leave_out)
+    if reason or studied is None:
+        return Study(**facts, verdict=INVALID, reason=reason)
+    arms = bench.arms(studied, leave_out=leave_out)
     stages = 2 * len(arms)
-    evidence = weigh(
+    weighed = weigh(
         arms, texts, bench.measure, settings,
-        known_gates=known, on_step=lambda done, total, note="": on_step(done, stages, note),
+        known_gates=known_gates, on_step=lambda done, total, note="": on_step(done, stages, note),
     )  # fmt: skip
+    variants = _sampled_and_traced(pair, bench, arms, weighed.evidence.variants, texts, on_step)
+    group, trials = None, weighed.trials
+    if feature is not None:
+        group, group_trials = _with_its_like(bench, studied, texts)
+        trials = {name: np.concatenate([column, group_trials[name]]) for name, column in trials.items()}
+    on_step(stages, stages, "measured")
+    left_out = bench.tuned.selection.left_out
+    evidence = replace(weighed.evidence, variants=variants, basis=_basis(bench), rows_left_out=left_out, group=group)
+    return Study(**facts, verdict=weighed.verdict, evidence=evidence, trials=trials, controls=weighed.controls)
+
+
+def _sampled_and_traced(
+    pair: ModelPair,
+    bench: Bench,
+    arms: Sequence[Arm],
+    variants: Sequence[VariantResult],
+    texts: Sequence[Text],
+    on_step: Progress,
+) -> tuple[VariantResult, ...]:
+    """The variants with what sampled plans show, and with where the edit goes."""
+    settings = bench.settings
     sampled = SampledArms(pair, plan_prompts(pair, texts[: settings.generations]), settings)
     followed = Onsets.of(texts[:TRACE_TEXTS], settings).single
-    for number, (arm, variant) in enumerate(zip(arms, evidence.record["variants"], strict=True), len(arms)):
-        on_step(number, stages, f"{arm.variant.name}: sampled plans")
-        variant["sampled"] = sampled.read(arm)
-        reads = directions.unembedding(arm.model.model, tokens.ids)
-        given = arm.model.model, arm.layer, arm.edit(settings.primary_dose), followed
-        variant["trace"] = {"blocks": trace(*given, reads), "direct": direct_effect(*given, bench.measure, settings)}
-    group, trials = None, evidence.trials
-    if feature is not None:
-        like = features_like(found, *bench.sizing_rows)
-        given = bench.target.model, bench.layer, found, like
-        group, more = read_group(*given, Onsets.of(texts, settings), bench.measure, settings)
-        trials = {name: np.concatenate([column, more[name]]) for name, column in trials.items()}
-    on_step(stages, stages, "measured")
-    measured = {
-        "tested": True,
-        "reason": None,
-        "firings": firings,
-        "basis": _basis(bench),
-        "rows_left_out": bench.tuned.selection.left_out.record(),
-        "group": group,
-    }
-    return Study({**record, **measured, **evidence.record}, trials, evidence.controls)
+    assert isinstance(bench.measure, TargetMass)
+    whole = []
+    for number, (arm, variant) in enumerate(zip(arms, variants, strict=True), len(arms)):
+        on_step(number, 2 * len(arms), f"{variant.name}: sampled plans")
+        reads = directions.unembedding(arm.model.model, bench.measure.ids)
+        edited = arm.model.model, arm.layer, arm.edit(settings.primary_dose), followed
+        direct = direct_effect(*edited, bench.measure, settings.resampling)
+        whole.append(replace(variant, sampled=sampled.read(arm), trace=Trace(trace(*edited, reads), direct)))
+    return tuple(whole)
+
+
+def _with_its_like(bench: Bench, studied: Direction, texts: Sequence[Text]) -> tuple[Group, dict[str, np.ndarray]]:
+    """What ablating a feature does together with those most like it, and the trials."""
+    like = features_like(studied, *bench.sizing_rows)
+    onsets = Onsets.of(texts, bench.settings)
+    return read_group(bench.target.model, bench.layer, studied, like, onsets, bench.measure, bench.settings)
 
 
 def find_direction(bench: Bench, dictionary: Dictionary, source: Source) -> Direction | None:
@@ -259,44 +226,57 @@ def bench_of(
     )
 
 
-def dictionary_gate(bench: Bench, dictionary: Dictionary, found: Direction | None, texts, feature: int | None):
-    """Gate 4, the firings it counts, and why the direction cannot be tested, if so; nothing for other directions."""
-    settings = bench.settings
+def dictionary_gate(
+    bench: Bench, dictionary: Dictionary, studied: Direction | None, texts: Sequence[Text], feature: int | None
+) -> tuple[list[Gate], Firings | None, str | None]:
+    """Gate 4, the firings it counts, and why the feature cannot be tested, if so; nothing for other directions."""
     if feature is None:
         return [], None, None
     name = f"feature {feature} of {dictionary.name}"
-    if found is None:
-        silent_ = directions.of_vector(name, dictionary.sae.direction(feature), None)
-        found = Direction(name, silent_.unit, 0.0, "nowhere", dictionary.sae, feature)
-    onsets = Onsets.of(texts, settings)
-    firings = count_firings(bench.target.model, bench.layer, found, onsets, settings)
-    if bench.reference.model.shape.d_model == bench.target.model.shape.d_model:
-        other = count_firings(bench.reference.model, bench.layer, found, onsets, settings)
-        firings["reference_onsets"] = other["onsets"]
-    size = found.s or None
-    median = float(bench.sizing_rows[0].norm(dim=1).median())
-    firings |= {"s": size, "s_from": found.s_from, "s_share_of_resid_norm": size and size / median}
-    reason = why_untested(firings, name)
-    if size is None:
+    if studied is None:
+        unit = directions.of_vector(name, dictionary.sae.direction(feature), None).unit
+        studied = Direction(name, unit, 0.0, "nowhere", dictionary.sae, feature)
+    firings = _firings(bench, studied, texts)
+    reason = firings.why_untested(name)
+    if firings.s is None:
         reason = f"{name} fires nowhere in the tune texts, which would set its size"
     if reason:
         return [], firings, reason
-    draws = {"draws": settings.bootstrap_draws, "seed": settings.seed}
     spliced = ce_recovered(
         bench.target.model, dictionary.sae, bench.tune, bench.layer,
-        only_onsets=True, row_filter=bench.row_filter, **draws,
+        only_onsets=True, row_filter=bench.row_filter, **vars(bench.settings.resampling),
     )  # fmt: skip
-    return [gates.dictionary_gate(spliced, firings)], {**firings, "ce_recovered": spliced.record()}, None
+    return [gates.dictionary_gate(spliced, firings)], replace(firings, ce_recovered=spliced), None
 
 
-def _basis(bench: Bench) -> dict:
+def _firings(bench: Bench, studied: Direction, texts: Sequence[Text]) -> Firings:
+    """How often a feature fires in both models, and how large it is."""
+    settings = bench.settings
+    onsets = Onsets.of(texts, settings)
+    needed = {"needs_onsets": settings.min_firings, "needs_tasks": settings.min_tasks}
+    reference, target = bench.reference.model, bench.target.model
+    in_target = count_firings(target, bench.layer, studied, onsets, **needed)
+    same_width = reference.shape.d_model == target.shape.d_model
+    in_reference = count_firings(reference, bench.layer, studied, onsets, **needed) if same_width else None
+    size = studied.s or None
+    median = float(bench.sizing_rows[0].norm(dim=1).median())
+    return Firings(
+        **vars(in_target),
+        reference_onsets=in_reference and in_reference.onsets,
+        s=size,
+        s_from=studied.s_from,
+        s_share_of_resid_norm=size and size / median,
+    )
+
+
+def _basis(bench: Bench) -> dict[str, BasisCheck]:
     """Held-out R2 of the maps between the streams, and between the embedding tables."""
-    checks = {
-        f"resid_post {layer}": bench.bridge(bench.layer, layer).check for layer in sorted(bench.layers, reverse=True)
-    }
-    models = bench.target.model, bench.reference.model
-    checks["embeddings"] = embedding_check(*models, seed=bench.settings.seed, row_filter=bench.row_filter)
-    return {place: asdict(check) for place, check in checks.items()}
+    layers = sorted(bench.layers, reverse=True)
+    checks = {f"resid_post {layer}": bench.bridge(bench.layer, layer).check for layer in layers}
+    checks["embeddings"] = embedding_check(
+        bench.target.model, bench.reference.model, seed=bench.settings.seed, row_filter=bench.row_filter
+    )
+    return checks
 
 
 def check_inputs(pair: ModelPair, cache: ActivationCache, dictionary: Dictionary, settings: InterveneSettings) -> None:

@@ -7,7 +7,6 @@ seeds) and the content of each split, under a hash. A plan edited after its hash
 
 import json
 import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -106,10 +105,10 @@ def read_plan(path: Path) -> tuple[Plan, str]:
     return Plan(facts["plan"], tuple(facts.get("changes", ()))), facts["hash"]
 
 
-def check_unedited(folder: Path, recorded: Mapping[str, Any] | None) -> None:
-    """Raise `InputError` if the plan in a finished study's folder is not the one its record was made under."""
+def check_unedited(folder: Path, planned: str | None) -> None:
+    """Raise `InputError` if the plan in a finished study's folder has another hash than the one it was made under."""
     path = Path(folder) / PLAN_FILE
-    if recorded and path.is_file() and read_plan(path)[0].hash != recorded.get("hash"):
+    if planned and path.is_file() and read_plan(path)[0].hash != planned:
         raise InputError(
             f"{path} was edited after the study ended; put back what was changed, or make the study anew with --force"
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from sae_steer.arguments import shown
 from sae_steer.errors import InputError
 from sae_steer.pair.texts import Text
+from sae_steer.randomness import Stream, random_numbers
 
 Numbers = Tensor | np.ndarray | Sequence[object]
 """Whole numbers or a mask, as a tensor, an array or lists."""
@@ -216,7 +217,7 @@ def _clusters(clusters: Numbers | None, count: int) -> np.ndarray:
 
 def _splits(task: np.ndarray, seed: int) -> dict[int, str]:
     """{cluster: its split}."""
-    shuffled = np.random.default_rng([seed, 61]).permutation(np.unique(task)).tolist()
+    shuffled = random_numbers(seed, Stream.CLUSTER_SPLITS).permutation(np.unique(task)).tolist()
     fit, tune = (round(share * len(shuffled)) for share in SHARES.values())
     if not fit or not tune or len(shuffled) == fit + tune:
         raise InputError(

@@ -15,15 +15,16 @@ is wrong in 5 % of studies; a null needs no correction, because all four must ho
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from sae_steer.effects.estimates import FEWEST_RANKED
 from sae_steer.settings import LEVEL
 from sae_steer.stats import MIN_CLUSTERS_FOR_NULL
 from sae_steer.study.gates import Gate
 
-INVALID, NULL, CAUSAL, OPPOSITE = "INVALID", "NULL", "CAUSAL", "OPPOSITE"
-NON_SPECIFIC, INCONCLUSIVE = "NON-SPECIFIC", "INCONCLUSIVE"
-VERDICTS = (INVALID, NULL, CAUSAL, OPPOSITE, NON_SPECIFIC, INCONCLUSIVE)
+VerdictName = Literal["INVALID", "NULL", "CAUSAL", "OPPOSITE", "NON-SPECIFIC", "INCONCLUSIVE"]
+VERDICTS: tuple[VerdictName, ...] = get_args(VerdictName)
+INVALID, NULL, CAUSAL, OPPOSITE, NON_SPECIFIC, INCONCLUSIVE = VERDICTS
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ModeTests:
 class Verdict:
     """A verdict's name and why it holds, in one sentence."""
 
-    name: str
+    name: VerdictName
     why: str
 
 
@@ -72,10 +73,10 @@ def judge(predicted_sign: int, modes: Mapping[str, ModeTests], gates: Sequence[G
     if movable and all(tests.inside for tests in modes.values()):
         return Verdict(NULL, "the 90 % interval lies inside the bound, single and joint")
     for sign, name in ((predicted_sign, CAUSAL), (-predicted_sign, OPPOSITE)):
-        found = [mode for mode, tests in modes.items() if tests.beyond(sign) and tests.specific]
-        if found and calibrated:
+        special = [mode for mode, tests in modes.items() if tests.beyond(sign) and tests.specific]
+        if special and calibrated:
             side = "in the predicted direction" if name == CAUSAL else "against the prediction"
-            return Verdict(name, f"beyond the bound {side} and further than control directions go ({_and(found)})")
+            return Verdict(name, f"beyond the bound {side} and further than control directions go ({_and(special)})")
     beyond = [mode for mode, tests in modes.items() if tests.beyond(+1) or tests.beyond(-1)]
     if beyond and all(modes[mode].specific_p is None for mode in beyond):
         return Verdict(
@@ -100,17 +101,24 @@ def judge(predicted_sign: int, modes: Mapping[str, ModeTests], gates: Sequence[G
     return Verdict(INCONCLUSIVE, f"the interval straddles the bound; {needs}")
 
 
-def judge_study(verdicts: Mapping[str, Verdict]) -> str:
-    """The study's verdict from those of its variants: NULL when all are, CAUSAL when any is.
+def judge_study(verdicts: Mapping[str, Verdict]) -> VerdictName:
+    """The study's verdict from those of its variants, the first that holds.
 
-    Otherwise the first of OPPOSITE, NON-SPECIFIC and INVALID that says something of all of them or more than
-    INCONCLUSIVE of one.
+    INVALID       every variant is
+    NULL          every variant is
+    CAUSAL        any variant is
+    OPPOSITE      any variant is, and none is CAUSAL
+    NON-SPECIFIC  any variant is, and none is either
+    INCONCLUSIVE  otherwise: no effect was found, and not every variant is a null
     """
-    names = [verdict.name for verdict in verdicts.values()]
-    for every in (INVALID, NULL):
-        if all(name == every for name in names):
-            return every
-    return next((name for name in (CAUSAL, OPPOSITE, NON_SPECIFIC) if name in names), INCONCLUSIVE)
+    names = {verdict.name for verdict in verdicts.values()}
+    for name in (INVALID, NULL):
+        if names == {name}:
+            return name
+    for name in (CAUSAL, OPPOSITE, NON_SPECIFIC):
+        if name in names:
+            return name
+    return INCONCLUSIVE
 
 
 def listed(verdicts: Mapping[str, Verdict]) -> str:

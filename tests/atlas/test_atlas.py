@@ -79,14 +79,14 @@ def test_an_effect_is_what_a_study_of_the_feature_alone_measures(atlas, toy_pair
         patched.setattr(home, "ce_recovered", lambda *a, **k: dataclasses.replace(right(*a, **k), recovered=0.97))
         study = intervene(toy_pair, wide, feature=FEATURE, cache=toy_cache, settings=settings)
     found = rows_of(atlas, FEATURE)
-    for variant in study.record["variants"]:
+    for variant in study.record()["variants"]:
         dose = next(row for row in variant["single"]["doses"] if row["dose"] == 1.0)
         assert found[variant["variant"]]["mean"] == pytest.approx(dose["mean"], abs=1e-5)
         assert variant["direction"] == next(
             v["direction"] for v in atlas.record["variants"] if v["variant"] == variant["variant"]
         )
-    assert atlas.record["gap"]["mean"] == pytest.approx(study.record["gap"]["single"]["mean"], abs=1e-6)
-    assert atlas.record["bound"]["value"] == pytest.approx(study.record["bound"]["value"], abs=1e-6)
+    assert atlas.record["gap"]["mean"] == pytest.approx(study.record()["gap"]["single"]["mean"], abs=1e-6)
+    assert atlas.record["bound"]["value"] == pytest.approx(study.record()["bound"]["value"], abs=1e-6)
 
 
 def test_every_test_has_its_draws_and_q_is_over_all_of_them(atlas):

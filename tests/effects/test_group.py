@@ -67,9 +67,9 @@ def test_ablating_a_group_is_ablating_its_features_in_turn_where_one_does_not_si
 def test_the_group_of_one_does_what_the_feature_does(toy_pair, toy_cache):
     onsets = Onsets.of(toy_cache.own_texts("confirm", "adhd")[:12], INTERVENE)
     given = toy_pair.target.model, 2, direction_of(toy_sae())
-    record, trials = read_group(*given, (), onsets, TargetMass((366, 417, 431)), INTERVENE)
-    for mode in "single", "joint":
-        assert record[mode]["mean"] == pytest.approx(record[mode]["alone"]["mean"], abs=1e-7)
-        assert record[mode]["mean"] < 0
-        assert record[mode]["rows_edited"] > 0
+    group, trials = read_group(*given, (), onsets, TargetMass((366, 417, 431)), INTERVENE)
+    for effect in group.single, group.joint:
+        assert effect.mean == pytest.approx(effect.alone.mean, abs=1e-7)
+        assert effect.mean < 0
+        assert effect.rows_edited > 0
     assert len(trials["p_edited"]) == len(onsets.single) + len(onsets.joint)

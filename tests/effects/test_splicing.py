@@ -9,6 +9,7 @@ from long_rows import TASK, with_long_rows
 from tiny_pair import SHAPE, lively
 from torch import nn
 
+from sae_steer.effects.firings import FiringCount
 from sae_steer.effects.splicing import ce_recovered, find_or_splice
 from sae_steer.errors import InputError
 from sae_steer.records import read_json
@@ -109,7 +110,9 @@ def test_a_share_of_nothing_is_undefined_and_fails_gate_4_with_its_losses(
     monkeypatch.setattr(splicing, "_losses", losses)
     found = ce_recovered(pair.target.model, nn.Identity(), texts, LAYER, only_onsets=True, draws=DRAWS)
     assert (found.recovered, found.low, found.high) == (None, None, None)
-    firings = {"onsets": 500, "tasks": 100, "needs_onsets": 50, "needs_tasks": 30}
+    firings = FiringCount(
+        onsets=500, of_onsets=900, tasks=100, single_onsets=90, of_single_onsets=100, needs_onsets=50, needs_tasks=30
+    )
     gate = dictionary_gate(found, firings)
     assert not gate.passed
     assert gate.invalidates

@@ -70,11 +70,11 @@ def across(resid):
 def test_above_the_last_block_the_direct_effect_is_the_whole_and_below_it_is_not(toy_pair, toy_cache):
     texts = toy_cache.own_texts("confirm", "adhd")[:4]
     onsets = OnsetRows.of(texts, [np.flatnonzero(text.is_onset)[:3] for text in texts])
-    given = onsets, TargetMass((366, 417)), INTERVENE
+    given = onsets, TargetMass((366, 417)), INTERVENE.resampling
     last, below = (direct_effect(toy_pair.target.model, layer, across, *given) for layer in (3, 2))
-    assert last["mean"] == pytest.approx(last["whole"]["mean"], rel=0.02)
-    assert below["mean"] != pytest.approx(below["whole"]["mean"], rel=0.005)  # block 3 reads the edit
-    assert (last["n"], last["tasks"]) == (len(onsets), onsets.tasks)
+    assert last.mean == pytest.approx(last.whole.mean, rel=0.02)
+    assert below.mean != pytest.approx(below.whole.mean, rel=0.005)  # block 3 reads the edit
+    assert (last.n, last.tasks) == (len(onsets), onsets.tasks)
 
 
 def test_the_trace_follows_only_rows_that_move_and_leaves_no_hook(toy_pair, toy_cache):
@@ -82,15 +82,15 @@ def test_the_trace_follows_only_rows_that_move_and_leaves_no_hook(toy_pair, toy_
     texts = toy_cache.own_texts("confirm", "adhd")[:4]
     onsets = OnsetRows.of(texts, [np.flatnonzero(text.is_onset)[:3] for text in texts])
     rows = trace(model, 2, Inject(UNIT, -1.5), onsets, UNIT)
-    assert [row["block"] for row in rows] == [2, 3]
-    assert rows[0]["n"] == len(onsets)
-    assert rows[0]["resid_norm"] == pytest.approx(1.5, rel=1e-4)
-    assert rows[0]["resid_projection"] == pytest.approx(-1.5, rel=1e-4)
-    assert rows[0]["mlp_norm"] is None
-    total = rows[0]["resid_projection"] + rows[1]["attention_projection"] + rows[1]["mlp_projection"]
-    assert rows[1]["resid_projection"] == pytest.approx(total, rel=1e-3)
+    assert [row.block for row in rows] == [2, 3]
+    assert rows[0].n == len(onsets)
+    assert rows[0].resid_norm == pytest.approx(1.5, rel=1e-4)
+    assert rows[0].resid_projection == pytest.approx(-1.5, rel=1e-4)
+    assert rows[0].mlp_norm is None
+    total = rows[0].resid_projection + rows[1].attention_projection + rows[1].mlp_projection
+    assert rows[1].resid_projection == pytest.approx(total, rel=1e-3)
     silent = toy_sae()
     silent.b_enc[FEATURE] = -1e6
     nothing = trace(model, 2, ZeroAblate(silent, FEATURE), onsets, UNIT)
-    assert (nothing[0]["n"], nothing[1]["resid_norm"]) == (0, None)
+    assert (nothing[0].n, nothing[1].resid_norm) == (0, None)
     assert not any(module._forward_hooks for module in model.modules())

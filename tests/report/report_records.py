@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from sae_steer.records import write_json, write_table
+from sae_steer.study.record import SCHEMA
 
 DICTIONARY, CACHE, PAIR = "d" * 64, "c" * 64, "a" * 64
 DOSES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -110,15 +111,25 @@ def estimate(mean: float, half: float, n: int) -> dict:
     return {"mean": mean, "low": mean - half, "high": mean + half, "prompt_weighted": 0.97 * mean, "n": n, "tasks": 143}
 
 
+def edited(mean: float, half: float, n: int, dose: float) -> dict:
+    """What one direction at one dose did."""
+    whole = estimate(mean, half, n) | {"dose": dose, "mean_delivered_norm": 1.37 * dose, "coverage": 1.0}
+    whole |= {"rows_edited": n if dose else 0, "tasks_edited": 143, "mean_where_edited": 0.0}
+    whole |= {"where_edited_low": None, "where_edited_high": None, "log_odds": 0.03, "log_odds_rows": n}
+    return whole | {"kl": 0.0021, "off_target_nats": None, "off_target_rows": 0}
+
+
 def effects(slope: float, n: int) -> dict:
     rows = []
     for dose in DOSES:
-        row = {"coverage": 1.0, "mean_where_edited": 0.0} | estimate(
-            slope * dose, abs(0.31 * slope * dose) + (2e-4 if dose else 0), n
-        )
+        row = edited(slope * dose, abs(0.31 * slope * dose) + (2e-4 if dose else 0), n, dose)
         share = {"share": row["mean"] / 0.243, "share_low": row["low"] / 0.25, "share_high": row["high"] / 0.24}
-        rows.append(row | share | {"dose": dose, "mean_delivered_norm": 1.37 * dose, "rows_edited": n if dose else 0})
-    beside = {"unembedding": estimate(3.1 * slope, 0.0021, n), "full patch, raw": estimate(9.7 * slope, 0.0043, n)}
+        rows.append(row | share)
+    beside = {
+        "unembedding": edited(3.1 * slope, 0.0021, n, 1.0),
+        "full patch, raw": edited(9.7 * slope, 0.0043, n, 1.0),
+        "full patch, rotated": edited(9.3 * slope, 0.0041, n, 1.0),
+    }
     return {"n": n, "tasks": 143, "doses": rows, "beside": beside, "tests": tests(slope)}
 
 
@@ -128,6 +139,16 @@ def tests(slope: float) -> dict:
         "high_90": slope + 0.0014,
         "specific_p": 0.0713,
         "minimum_detectable": 0.00191,
+        "p_above_holm": 0.0311,
+        "p_below_holm": 1.0,
+        "p_inside": 0.4,
+        "inside": False,
+        "detectable_p": 0.0021,
+        "minimum_beyond_bound": 0.0139,
+        "onsets_for_null": 2311,
+        "tasks_for_null": 271,
+        "deff": 1.31,
+        "icc": 0.041,
     }
 
 
@@ -146,7 +167,8 @@ def gate(number: str, passed: bool = True) -> dict:
 def matcher(rate: float, delta: float) -> dict:
     null = {"null_low": -0.0418, "null_high": 0.0397, "null_sd": 0.021, "p": 0.3417}
     paired = {"delta": 0.37 * delta, "low": -0.011, "high": 0.017, "p": 0.431, "plans": 320}
-    return {"rate": rate, "baseline_rate": rate - 0.8 * delta, "delta": delta, "paired": paired, **null}
+    base = {"baseline_rate": rate - 0.8 * delta, "baseline_rate_all_seeds": rate - 0.8 * delta}
+    return {"rate": rate, **base, "delta": delta, "paired": paired, **null}
 
 
 def trace(slope: float) -> dict:
@@ -196,6 +218,9 @@ def variant(name: str, model: str, sign: int, slope: float, seed: int, *, sample
     }
 
 
+COUNTED = {"single_onsets": 611, "of_single_onsets": 1187, "needs_onsets": 50, "needs_tasks": 30}
+
+
 def study(feature: int, *, pair: str = "small", dictionary: str = DICTIONARY, sampled: bool = True) -> dict:
     kinds = (
         ("inject", "standard", 1, 0.0061),
@@ -205,9 +230,10 @@ def study(feature: int, *, pair: str = "small", dictionary: str = DICTIONARY, sa
     )
     before = {"inject": 0.0312, "subtract": 0.2743, "zero_ablate": 0.2743, "upstream": 0.0312}
     where = "1404 active onsets of the tune split"
-    firings = {"onsets": 2711, "of_onsets": 4291, "tasks": 141}
+    firings = {"onsets": 2711, "of_onsets": 4291, "tasks": 141} | COUNTED
     firings |= {"s": 3.217, "s_from": where, "s_share_of_resid_norm": 0.2193}
     return {
+        "schema": SCHEMA,
         "provenance": origin(pair=PAIR, cache=CACHE, dictionary=dictionary, feature=str(feature)),
         "dictionary": "adhd_L2_hook_resid_post",
         "dictionary_sha256": dictionary,
@@ -221,7 +247,15 @@ def study(feature: int, *, pair: str = "small", dictionary: str = DICTIONARY, sa
         "quick": False,
         "bound": {"share": 0.05, "cap": 0.012, "value": 0.0119},
         "gates": [gate("4"), gate("8")],
-        "basis": {"resid_post 2": {"identity_r2": 0.651, "procrustes_r2": 0.733, "affine_r2": 0.791, "n_test": 38_211}},
+        "basis": {
+            "resid_post 2": {
+                "identity_r2": 0.651,
+                "procrustes_r2": 0.733,
+                "affine_r2": 0.791,
+                "n_fit": 29_999,
+                "n_test": 38_211,
+            }
+        },
         "tested": True,
         "firings": firings,
         "target_tokens": {"ids": [77, 912], "tokens": [" sip", " deep"], "coverage": 0.7831},
@@ -238,6 +272,7 @@ def untested(feature: int) -> dict:
     kept = {
         key: record[key]
         for key in (
+            "schema",
             "provenance",
             "dictionary",
             "dictionary_sha256",
@@ -249,7 +284,7 @@ def untested(feature: int) -> dict:
             "quick",
         )
     }
-    firings = {"onsets": 3, "of_onsets": 4291, "tasks": 2}
+    firings = {"onsets": 3, "of_onsets": 4291, "tasks": 2} | COUNTED
     firings |= {"s": None, "s_from": "0 active rows of the tune split", "s_share_of_resid_norm": None}
     return {
         **kept,

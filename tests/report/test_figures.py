@@ -5,7 +5,8 @@ from report_records import atlas, feature_table, layers, scan, study, training
 from sae_steer.report import effect_figures, figures, trace_figure
 from sae_steer.report.atlas_figure import LOOKS, atlas_figure
 from sae_steer.report.drawing import png_and_svg, spread
-from sae_steer.report.run import StudyRecord
+from sae_steer.study.record import Study
+from sae_steer.typed_json import of_json
 
 
 def texts(figure) -> str:
@@ -40,7 +41,7 @@ def test_a_scan_without_specific_features_is_drawn():
 
 @pytest.mark.parametrize("sampled", [True, False])
 def test_the_forest_says_its_sizes_and_both_modes(sampled):
-    record = StudyRecord("feature-7", study(7, sampled=sampled))
+    record = of_json(Study, study(7, sampled=sampled))
     figure = effect_figures.effect_forest(record)
     assert len(figure.axes) == 1 + sampled
     for words in ("1,187 onsets of 143 tasks", "4,291 of 143", "+24.3 [+22.6, +26.0]", "one onset at a time"):
@@ -49,7 +50,7 @@ def test_the_forest_says_its_sizes_and_both_modes(sampled):
 
 def test_the_dose_curves_go_through_the_record():
     record = study(7)
-    axes = effect_figures.dose_curves(StudyRecord("feature-7", record)).axes
+    axes = effect_figures.dose_curves(of_json(Study, record)).axes
     for panel, variant in zip(axes, record["variants"], strict=True):
         expected = [100 * row["mean"] for row in variant["joint_doses"]["doses"]]
         assert any(len(line.get_ydata()) == 6 and np.allclose(line.get_ydata(), expected) for line in panel.lines)
@@ -58,13 +59,13 @@ def test_the_dose_curves_go_through_the_record():
 def test_the_trace_goes_through_the_record_and_leaves_out_edits_that_moved_nothing():
     record = study(7)
     record["variants"][2]["trace"]["blocks"][0]["n"] = 0
-    shown = StudyRecord("feature-7", record)
+    shown = of_json(Study, record)
     figure = trace_figure.trace_by_block(shown)
     assert len(figure.axes) == 6
     for what, panels in (("norm", figure.axes[::2]), ("projection", figure.axes[1::2])):
-        for panel, variant in zip(panels, trace_figure.traced(shown), strict=True):
+        for panel, (variant, _) in zip(panels, trace_figure.traced(shown), strict=True):
             carried, attention, _ = panel.lines[:3]
-            blocks = variant["trace"]["blocks"]
+            blocks = next(v for v in record["variants"] if v["variant"] == variant.name)["trace"]["blocks"]
             assert carried.get_xydata().tolist() == [[row["block"], row[f"resid_{what}"]] for row in blocks]
             assert attention.get_ydata().tolist() == [row[f"attention_{what}"] for row in blocks[1:]]
     assert "direct +0.0427 [+0.0127, +0.0727]" in texts(figure)
@@ -78,8 +79,19 @@ def test_controls_that_all_do_nothing_are_drawn():
     for variant in record["variants"]:
         for family in variant["controls"]:
             family |= {"means": [0.0] * 99, "low": 0.0, "high": 0.0}
-    png, _ = png_and_svg(effect_figures.control_histograms(StudyRecord("feature-7", record)))
+    png, _ = png_and_svg(effect_figures.control_histograms(of_json(Study, record)))
     assert png.startswith(b"\x89PNG")
+
+
+def test_a_fourth_control_family_has_a_colour_of_its_own_and_is_drawn():
+    record = study(7)
+    for variant in record["variants"]:
+        variant["controls"].append(variant["controls"][0] | {"family": "a fourth"})
+    figure = effect_figures.control_histograms(of_json(Study, record))
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend == ["isotropic (99)", "covariance (99)", "matched features (99)", "a fourth (99)"]
+    bars = {patch.get_facecolor() for patch in figure.axes[0].patches}
+    assert len(bars) == 4
 
 
 def test_the_density_is_drawn_bin_by_bin_for_every_dictionary_and_says_how_many_are_dead():
@@ -115,7 +127,7 @@ def test_neighbours_end_up_apart_and_in_order():
 def test_the_forest_shades_the_bound_and_shows_the_positive_controls_and_verdicts():
     record = study(7)
     record["variants"][1]["verdict"] = "INCONCLUSIVE"
-    figure = effect_figures.effect_forest(StudyRecord("feature-7", record))
+    figure = effect_figures.effect_forest(of_json(Study, record))
     for words in ("bound of 1.19 points", "unembedding (positive control)", "INCONCLUSIVE", "NULL"):
         assert words in texts(figure)
     means = [100 * variant["single"]["beside"]["unembedding"]["mean"] for variant in record["variants"]]
@@ -123,9 +135,20 @@ def test_the_forest_shades_the_bound_and_shows_the_positive_controls_and_verdict
     assert np.allclose(drawn, means)
 
 
+def test_whatever_should_move_the_measure_is_in_the_forest_and_no_other_flavour_of_the_edit():
+    record = study(7)
+    for variant in record["variants"]:
+        beside = variant["single"]["beside"]
+        beside |= {"something new": beside["unembedding"], "raw": beside["unembedding"]}
+    said = texts(effect_figures.effect_forest(of_json(Study, record)))
+    for name in ("unembedding", "full patch, raw", "full patch, rotated", "something new"):
+        assert f"{name} (positive control)" in said
+    assert "\nraw (positive control)" not in said
+
+
 def test_every_task_is_a_point():
     record = study(7)
-    axes = effect_figures.task_effects(StudyRecord("feature-7", record)).axes
+    axes = effect_figures.task_effects(of_json(Study, record)).axes
     for panel, variant in zip(axes, record["variants"], strict=True):
         expected = [100 * row["mean"] for row in variant["by_task"]]
         assert any(np.allclose(line.get_ydata(), expected) for line in panel.lines if len(line.get_ydata()) == 143)

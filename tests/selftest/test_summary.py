@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae_steer.selftest.kinds import KINDS, VARIANTS, is_right, promised
+from sae_steer.selftest.kinds import VARIANTS, is_right, promised, right_of
 from sae_steer.selftest.summary import rate, summary
 
 BOUND = 0.012
@@ -14,7 +14,7 @@ def study(kind: str, number: int, verdicts: dict[str, str], sizes: dict[str, flo
     for variant, verdict in verdicts.items():
         sign = 1 if VARIANTS[variant] == "reference" else -1
         truth = {"base": 0.1, "single": sign * BOUND * sizes[variant], "joint": sign * BOUND * sizes[variant]}
-        tested = variant in KINDS[kind].right
+        tested = variant in right_of(kind)
         variants[variant] = {
             "truth": truth,
             "verdict": verdict,

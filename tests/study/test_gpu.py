@@ -48,7 +48,7 @@ def test_a_cache_made_on_a_gpu_holds_the_rows_of_one_made_on_a_cpu(toy_pair, toy
 def test_a_study_on_a_gpu_has_the_effects_and_verdicts_of_one_on_a_cpu(toy_pair, gpu_pair, toy_cache, toy_dictionary):
     settings = replace(INTERVENE, generations=4)
     cpu, gpu = (
-        intervene(pair, toy_dictionary, feature=FEATURE, cache=toy_cache, settings=settings).record
+        intervene(pair, toy_dictionary, feature=FEATURE, cache=toy_cache, settings=settings).record()
         for pair in (toy_pair, gpu_pair)
     )
     assert gpu["verdict"] == cpu["verdict"]

@@ -53,7 +53,7 @@ def found(toy_pair, texts, ids, cause):
 
 
 def effects(study):
-    return {v["variant"]: v["single"]["doses"][1]["mean"] for v in study.record["variants"]}
+    return {v["variant"]: v["single"]["doses"][1]["mean"] for v in study.record()["variants"]}
 
 
 def test_the_cause_moves_the_measure_as_predicted_and_the_verdict_says_so(found):
@@ -61,7 +61,7 @@ def test_the_cause_moves_the_measure_as_predicted_and_the_verdict_says_so(found)
     assert set(moved) == {"inject", "subtract", "upstream"}
     assert moved["inject"] > 0.02
     assert moved["subtract"] < -0.02
-    verdicts = {v["variant"]: v["verdict"] for v in found.record["variants"]}
+    verdicts = {v["variant"]: v["verdict"] for v in found.record()["variants"]}
     assert verdicts["subtract"] == "CAUSAL", found.table()
     assert found.verdict in found.table()
 
@@ -168,7 +168,7 @@ def log_odds_of(ids):
 def test_too_few_controls_leave_the_verdict_open_and_say_how_many_it_takes(toy_pair, texts, ids, cause):
     few = replace(SETTINGS, controls=5, ribbon=2, calibration=2)
     study = ss.intervene(toy_pair, cause, measure=ids, **{**texts, "settings": few})
-    subtract = next(v for v in study.record["variants"] if v["variant"] == "subtract")
+    subtract = next(v for v in study.record()["variants"] if v["variant"] == "subtract")
     assert subtract["single"]["tests"]["p_below_holm"] < 0.05, "the effect lies beyond the bound"
     furthest = max(abs(mean) for family in subtract["controls"] for mean in family["means"])
     assert abs(effects(study)["subtract"]) > furthest, "no control goes as far"
@@ -192,7 +192,7 @@ def test_settings_that_leave_a_gate_nothing_to_read_are_refused(toy_pair, texts,
 
 def test_a_measure_in_logits_has_no_cap_of_probabilities_and_is_not_told_in_points(toy_pair, texts, ids, cause):
     few = {**texts, "settings": replace(FEW, doses=(0.0, 1.0))}
-    own = ss.intervene(toy_pair, cause, measure=log_odds_of(ids), **few).record
+    own = ss.intervene(toy_pair, cause, measure=log_odds_of(ids), **few).record()
     assert own["bound"]["cap"] is None
     assert own["bound"]["value"] == pytest.approx(0.05 * abs(own["gap"]["single"]["mean"]))
     assert own["bound"]["value"] > 0.012
@@ -200,7 +200,7 @@ def test_a_measure_in_logits_has_no_cap_of_probabilities_and_is_not_told_in_poin
     assert not any("points" in detail for detail in details)
     assert any("in the measure's own unit" in detail for detail in details)
     assert {row["log_odds"] for v in own["variants"] for row in v["single"]["doses"]} == {None}
-    probability = ss.intervene(toy_pair, cause, measure=ids, **few).record
+    probability = ss.intervene(toy_pair, cause, measure=ids, **few).record()
     assert probability["bound"]["cap"] == 0.012
     assert any("points" in gate["detail"] for gate in probability["gates"])
     assert cap_of(log_odds_of(ids), replace(SETTINGS, bound_cap=0.5)) == 0.5, "one that is set is kept"
@@ -217,9 +217,9 @@ def test_texts_read_at_their_last_token_are_studied_whatever_their_lengths(toy_p
     moved = effects(ss.intervene(toy_pair, cause, **texts))
     assert moved["subtract"] < -0.02 < 0.02 < moved["inject"]
     of_feature = ss.intervene(toy_pair, toy_sae(), feature=FEATURE, **texts)
-    gate = next(gate for gate in of_feature.record["gates"] if gate["gate"] == "4")
+    gate = next(gate for gate in of_feature.record()["gates"] if gate["gate"] == "4")
     assert "nats clean" in gate["detail"]
-    for variant in of_feature.record["variants"]:
+    for variant in of_feature.record()["variants"]:
         for row in variant["single"]["doses"]:
             assert (row["off_target_nats"], row["off_target_rows"]) == (None, 0)
     shifted = {**texts, "tokens": tokens.masked_fill(torch.arange(24) >= lengths[:, None], 5)}

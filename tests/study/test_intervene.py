@@ -11,16 +11,19 @@ from sae_steer import stats
 from sae_steer.cache import cache_activations
 from sae_steer.dictionary import Dictionary
 from sae_steer.edits import controls as families
-from sae_steer.edits.variants import Direction, four_variants
+from sae_steer.edits.arms import Arm
+from sae_steer.edits.variants import all_variants
 from sae_steer.effects import estimates as effects
 from sae_steer.effects import readings
 from sae_steer.effects.readings import Onsets
+from sae_steer.effects.sampled import MatchedSteps, PairedDifference, SampledArm
 from sae_steer.errors import InputError
 from sae_steer.pair.model_pair import load_pair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.records import read_json, read_table
 from sae_steer.study import protocol
-from sae_steer.study.of_pair import RECORD_FILE, TRIALS_FILE, intervene, load_study
+from sae_steer.study.files import RECORD_FILE, TRIALS_FILE, load_study
+from sae_steer.study.of_pair import intervene
 
 EXACT = dataclasses.replace(INTERVENE, generations=0, doses=(0.0, 1.0), onsets_per_prompt=1, ribbon=1)
 SILENT = 23
@@ -53,7 +56,7 @@ def saved(study, tmp_path_factory):
 def rows_of(study, variant, mode, dose, direction=None):
     """Trials of one cell; the direction is by default the primary one."""
     trials = study.trials
-    primary = next(v["direction"] for v in study.record["variants"] if v["variant"] == variant)
+    primary = next(v["direction"] for v in study.record()["variants"] if v["variant"] == variant)
     wanted = (trials["variant"] == variant) & (trials["mode"] == mode) & (trials["dose"] == dose)
     wanted &= trials["direction"] == (direction or primary)
     return {name: column[wanted] for name, column in trials.items()}
@@ -61,16 +64,29 @@ def rows_of(study, variant, mode, dose, direction=None):
 
 def doses_of(study):
     """(variant, mode, the record's row) of every dose."""
-    for variant in study.record["variants"]:
+    for variant in study.record()["variants"]:
         for mode in ("single", "joint"):
             for row in variant[mode]["doses"]:
                 yield variant["variant"], mode, row
 
 
+NO_DIFFERENCE = PairedDifference(delta=0.0, low=-0.1, high=0.1, p=0.9, plans=10)
+MATCHED = MatchedSteps(
+    rate=0.3, baseline_rate=0.3, baseline_rate_all_seeds=0.3, delta=0.0, null_low=-0.1, null_high=0.1, null_sd=0.05,
+    p=0.9, paired=NO_DIFFERENCE,
+)  # fmt: skip
+SAMPLED = SampledArm(texts=10, steps=95, mean_step_count=9.5, strict=MATCHED, lenient=MATCHED)
+
+
+def with_variants(study, variants):
+    """The study with other results of its variants."""
+    return dataclasses.replace(study, evidence=dataclasses.replace(study.evidence, variants=tuple(variants)))
+
+
 def gates_of(study):
     """{(variant or all, number): gate}"""
-    found = {("all", gate["gate"]): gate for gate in study.record["gates"]}
-    for variant in study.record["variants"]:
+    found = {("all", gate["gate"]): gate for gate in study.record()["gates"]}
+    for variant in study.record()["variants"]:
         found |= {(variant["variant"], gate["gate"]): gate for gate in variant["gates"]}
     return found
 
@@ -78,21 +94,21 @@ def gates_of(study):
 def test_the_planted_cause_is_causal_in_every_variant_and_every_gate_holds(study):
     assert study.tested
     assert [gate["detail"] for gate in gates_of(study).values() if not gate["passed"]] == []
-    assert {v["variant"]: v["verdict"] for v in study.record["variants"]} == dict.fromkeys(
+    assert {v["variant"]: v["verdict"] for v in study.record()["variants"]} == dict.fromkeys(
         ("inject", "subtract", "zero_ablate", "upstream"), "CAUSAL"
     )
     assert study.verdict == "CAUSAL"
-    assert study.record["quick"]
+    assert study.record()["quick"]
     assert "CAUSAL (quick" in study.table()
     for name, _, row in doses_of(study):
-        sign = next(v["predicted_sign"] for v in study.record["variants"] if v["variant"] == name)
+        sign = next(v["predicted_sign"] for v in study.record()["variants"] if v["variant"] == name)
         if row["dose"] == 1.0:
             assert sign * row["low"] > 0.012
             assert sign * row["share"] > 0.1
 
 
 def test_a_control_family_is_read_at_the_length_delivered_and_ranks_the_edit(study):
-    inject = study.record["variants"][0]
+    inject = study.record()["variants"][0]
     families = {family["family"]: family for family in inject["controls"]}
     assert {"isotropic", "covariance"} <= set(families)
     for family in families.values():
@@ -120,15 +136,15 @@ def test_the_gap_is_the_difference_of_the_models_at_the_same_onsets(study, toy_p
         tokens = torch.from_numpy(texts[prompt].token.astype(np.int64))[None]
         masses = [m.model(tokens)[0, position].double().softmax(-1)[columns].sum() for m in toy_pair.models]
         gaps.append(float(masses[1] - masses[0]))
-    assert study.record["gap"]["single"]["mean"] == pytest.approx(np.mean(gaps), abs=1e-6)
-    share = next(row["share"] for row in study.record["variants"][0]["single"]["doses"] if row["dose"] == 1.0)
+    assert study.record()["gap"]["single"]["mean"] == pytest.approx(np.mean(gaps), abs=1e-6)
+    share = next(row["share"] for row in study.record()["variants"][0]["single"]["doses"] if row["dose"] == 1.0)
     assert share == pytest.approx((rows["p_edited"] - rows["p_base"]).sum() / np.sum(gaps), rel=1e-3)
 
 
 def test_all_variants_read_the_same_onsets(study):
     for mode in ("single", "joint"):
         first = rows_of(study, "inject", mode, 1.0)
-        for variant in study.record["variants"][1:]:
+        for variant in study.record()["variants"][1:]:
             other = rows_of(study, variant["variant"], mode, 1.0)
             for name in ("prompt", "task", "position", "next_is_target"):
                 assert np.array_equal(first[name], other[name])
@@ -150,7 +166,7 @@ def test_the_trials_agree_with_the_record(saved):
 
 def test_the_trials_of_control_directions_agree_with_the_record(study, tmp_path):
     study.save(tmp_path)
-    for variant in study.record["variants"]:
+    for variant in study.record()["variants"]:
         single = [("single", family, variant["single"]["n"]) for family in variant["controls"]]
         joint = [("joint", family, variant["joint_controls"]["n"]) for family in variant["joint_controls"]["families"]]
         for mode, family, n in single + joint:
@@ -174,7 +190,7 @@ def test_intervals_resample_tasks(saved):
 
 
 def test_the_delivered_length_is_the_dose_times_s(study):
-    s = study.record["firings"]["s"]
+    s = study.record()["firings"]["s"]
     for name in ("inject", "subtract", "upstream"):
         for mode in ("single", "joint"):
             for dose in (1.0, 2.0):
@@ -187,7 +203,7 @@ def test_s_is_the_median_contribution_at_active_onsets_of_the_tune_split(study, 
     rows = toy_cache.rows("adhd", 2, "tune").take(np.flatnonzero(own))
     active = toy_dictionary.sae.activation_of(rows, FEATURE)
     active = active[active > 0]
-    firings = study.record["firings"]
+    firings = study.record()["firings"]
     assert firings["s"] == pytest.approx(float(active.median()), rel=1e-3)
     assert firings["s_from"] == f"{len(active)} active onsets of the tune split"
 
@@ -214,39 +230,38 @@ def test_the_same_seed_gives_the_same_files(study, toy_pair, toy_cache, toy_dict
 
 
 def test_a_study_survives_save_and_load_unchanged(study, saved):
-    assert saved.record == study.record
+    assert saved == study
     for name, column in study.trials.items():
         assert np.array_equal(saved.trials[name], column, equal_nan=column.dtype.kind == "f")
     assert saved.table() == study.table()
 
 
 def test_the_released_records_hold_the_sampled_rates_and_null_for_what_is_not_there(study, tmp_path):
-    sampled = {
-        v["variant"]: {"rate": 0.1 * n, "baseline_rate": 0.05, "delta": 0.1 * n - 0.05, "null_sd": 0.02, "p": 0.5}
-        for n, v in enumerate(study.record["variants"])
-    }
-    variants = [
-        {**v, "sampled": {"strict": sampled[v["variant"]], "mean_step_count": 9.5, "steps": 95}}
-        for v in study.record["variants"]
-    ]
-    dataclasses.replace(study, record={**study.record, "variants": variants}).save(tmp_path)
+    variants = []
+    for number, variant in enumerate(study.variants):
+        strict = dataclasses.replace(
+            SAMPLED.strict, rate=0.1 * number, baseline_rate=0.05, delta=0.1 * number - 0.05, null_sd=0.02, p=0.5
+        )
+        arm = dataclasses.replace(SAMPLED, strict=strict, mean_step_count=9.5, steps=95)
+        variants.append(dataclasses.replace(variant, sampled=arm))
+    with_variants(study, variants).save(tmp_path)
+    sampled = {variant.name: dataclasses.asdict(variant.sampled.strict) for variant in variants}
     probes, panels = (read_json(tmp_path / name) for name in ("three_probes.json", "deepdive_steering.json"))
     assert probes["probe_2_zero_ablation"]["delta_step_onset"] == sampled["zero_ablate"]["delta"]
     assert probes["probe_3_L1_steering"]["coef_+1.0"]["regulation_rate"] == sampled["upstream"]["rate"]
     assert panels["panels"]["subtract_from_target"]["steered_reg_rate"] == sampled["subtract"]["rate"]
-    split, firings = probes["probe_1_variant_split"], study.record["firings"]
-    assert split["onsets_adhd"] == firings["of_onsets"]
-    assert split["feat2504_rate_adhd_only_in_adhd_L2"] == firings["onsets"] / firings["of_onsets"] > 0.9
+    split, firings = probes["probe_1_variant_split"], study.firings
+    assert split["onsets_adhd"] == firings.of_onsets
+    assert split["feat2504_rate_adhd_only_in_adhd_L2"] == firings.onsets / firings.of_onsets > 0.9
     assert split["feat2504_rate_adhd_only_in_std_L2"] == 0.0  # the toy's reference model lacks the cause
     assert (probes["feature"], split["onsets_all"], split["primary_adhd_only"]) == (FEATURE, None, None)
-    unsampled = [{**v, "sampled": None} for v in variants]
-    dataclasses.replace(study, record={**study.record, "variants": unsampled}).save(tmp_path)
+    with_variants(study, [dataclasses.replace(v, sampled=None) for v in variants]).save(tmp_path)
     assert read_json(tmp_path / "three_probes.json")["probe_2_zero_ablation"]["delta_step_onset"] is None
 
 
 def test_the_record_says_that_an_index_belongs_to_its_dictionary(study):
-    assert "feature 7 of this one is not feature 7 of any other" in study.record["note"]
-    assert study.record["dictionary_sha256"] in study.record["provenance"]["inputs"].values()
+    assert "feature 7 of this one is not feature 7 of any other" in study.record()["note"]
+    assert study.record()["dictionary_sha256"] in study.record()["provenance"]["inputs"].values()
 
 
 def test_a_feature_that_hardly_fires_is_invalid_with_its_counts(study, toy_pair, toy_cache, toy_dictionary, tmp_path):
@@ -256,24 +271,24 @@ def test_a_feature_that_hardly_fires_is_invalid_with_its_counts(study, toy_pair,
     untested = intervene(toy_pair, silent, feature=SILENT, cache=toy_cache, settings=EXACT)
     assert not untested.tested
     assert untested.verdict == "INVALID"
-    assert untested.record["firings"]["onsets"] == 0
+    assert untested.record()["firings"]["onsets"] == 0
     assert "fires nowhere in the tune texts" in untested.table()
     study.save(tmp_path)
     untested.save(tmp_path)
     assert not (tmp_path / TRIALS_FILE).exists(), "the trials of the study before must not stay"
-    assert load_study(tmp_path).record == untested.record
+    assert load_study(tmp_path) == untested
     strict = dataclasses.replace(EXACT, min_firings=10_000)
     rare = intervene(toy_pair, toy_dictionary, feature=FEATURE, cache=toy_cache, settings=strict)
     assert rare.verdict == "INVALID"
-    assert "a test needs 10000 onsets of 30 tasks" in rare.record["reason"]
+    assert "a test needs 10000 onsets of 30 tasks" in rare.record()["reason"]
 
 
 @pytest.mark.parametrize("source", ["random", "mean-difference"])
 def test_other_directions_are_judged_without_the_parts_that_need_a_feature(toy_pair, toy_cache, toy_dictionary, source):
     study = intervene(toy_pair, toy_dictionary, direction=source, cache=toy_cache, settings=EXACT)
-    assert [v["variant"] for v in study.record["variants"]] == ["inject", "subtract", "upstream"]
-    assert study.record["firings"] is None
-    assert "4" not in {gate["gate"] for gate in study.record["gates"]}
+    assert [v["variant"] for v in study.record()["variants"]] == ["inject", "subtract", "upstream"]
+    assert study.record()["firings"] is None
+    assert "4" not in {gate["gate"] for gate in study.record()["gates"]}
     assert study.verdict != "CAUSAL"
 
 
@@ -284,8 +299,8 @@ def test_a_vector_in_a_file_is_judged_by_its_own_length(toy_pair, toy_cache, toy
         toy_pair, toy_dictionary, direction=tmp_path / "cause.npy", cache=toy_cache, settings=EXACT,
         on_step=lambda done, total, note="": told.append((done, total)),
     )  # fmt: skip
-    assert study.record["direction"] == "cause"
-    assert study.record["variants"][1]["verdict"] == "CAUSAL"
+    assert study.record()["direction"] == "cause"
+    assert study.record()["variants"][1]["verdict"] == "CAUSAL"
     np.testing.assert_allclose(rows_of(study, "subtract", "single", 1.0)["delivered_norm"], 1.7, rtol=1e-3)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert (told[0], told[-1]) == ((0, 6), (6, 6))
@@ -354,10 +369,10 @@ def test_two_models_that_do_not_differ_are_invalid_by_gate_8(toy_dictionary, tmp
     record = {**toy_dictionary.record, "model_sha256": same.target.sha256}
     dictionary = dataclasses.replace(toy_dictionary, sae=sae, record=record)
     study = intervene(same, dictionary, feature=FEATURE, cache=cache, settings=EXACT)
-    assert study.record["gap"]["single"]["mean"] == 0
+    assert study.record()["gap"]["single"]["mean"] == 0
     assert study.verdict == "INVALID"
     assert not gates_of(study)["all", "8"]["passed"]
-    assert all("gate 8" in variant["why"] for variant in study.record["variants"])
+    assert all("gate 8" in variant["why"] for variant in study.record()["variants"])
 
 
 def broken(toy_pair, toy_cache, toy_dictionary, number):
@@ -369,11 +384,11 @@ def broken(toy_pair, toy_cache, toy_dictionary, number):
 
 
 def test_an_edit_that_is_not_delivered_is_invalid_by_gate_2(toy_pair, toy_cache, toy_dictionary, monkeypatch):
-    monkeypatch.setattr(Direction, "of", lambda self, variant, dose, unit=None: lambda resid: resid)
+    monkeypatch.setattr(Arm, "edit", lambda self, dose, flavour=None: lambda resid: resid)
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "2")
     assert failed == ["inject", "subtract", "zero_ablate", "upstream"]
     assert study.verdict == "INVALID"
-    assert "gate 2 (delivered as intended): largest deviation 1.0e+00" in study.record["variants"][0]["why"]
+    assert "gate 2 (delivered as intended): largest deviation 1.0e+00" in study.record()["variants"][0]["why"]
 
 
 def test_a_batch_that_mixes_its_rows_is_invalid_by_gate_3(toy_pair, toy_cache, toy_dictionary, monkeypatch):
@@ -398,7 +413,7 @@ def test_a_basis_that_predicts_nothing_is_invalid_by_gate_5(toy_pair, toy_cache,
     monkeypatch.setattr("sae_steer.edits.arms.bridge", shuffled)
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "5")
     assert failed == ["inject", "upstream"]
-    assert {v["variant"] for v in study.record["variants"] if v["verdict"] == "INVALID"} == {"inject", "upstream"}
+    assert {v["variant"] for v in study.record()["variants"] if v["verdict"] == "INVALID"} == {"inject", "upstream"}
 
 
 def test_a_measure_that_no_positive_control_moves_is_invalid_by_gate_6a(
@@ -414,12 +429,12 @@ def test_a_measure_that_no_positive_control_moves_is_invalid_by_gate_6a(
     monkeypatch.setattr(Patch, "stream", nothing_new)
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "6a")
     assert "inject" in failed
-    assert study.record["variants"][0]["verdict"] == "INVALID"
+    assert study.record()["variants"][0]["verdict"] == "INVALID"
 
 
 def test_a_dose_zero_that_moves_is_invalid_by_gate_1(toy_pair, toy_cache, toy_dictionary, monkeypatch):
-    right = Direction.of
-    monkeypatch.setattr(Direction, "of", lambda self, variant, dose, unit=None: right(self, variant, dose + 1e-3, unit))
+    right = Arm.edit
+    monkeypatch.setattr(Arm, "edit", lambda self, dose, flavour=None: right(self, dose + 1e-3, flavour))
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "1")
     assert failed == ["inject", "subtract", "zero_ablate", "upstream"]
     assert study.verdict == "INVALID"
@@ -433,12 +448,10 @@ def test_a_dictionary_that_loses_the_predictions_is_invalid_by_gate_4(toy_pair, 
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "4")
     assert failed == ["all"]
     assert study.verdict == "INVALID"
-    assert "recovers 0.410 of the cross-entropy at onsets, under 0.80" in study.record["variants"][0]["why"]
+    assert "recovers 0.410 of the cross-entropy at onsets, under 0.80" in study.record()["variants"][0]["why"]
 
 
 def test_fresh_directions_that_come_out_causal_forbid_causal(toy_pair, toy_cache, toy_dictionary, monkeypatch):
-    from sae_steer.edits.arms import Arm
-
     right = Arm.fan
     cause = toy_dictionary.sae.direction(FEATURE)
 
@@ -453,7 +466,7 @@ def test_fresh_directions_that_come_out_causal_forbid_causal(toy_pair, toy_cache
     monkeypatch.setattr(Arm, "fan", contaminated)
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "7")
     assert "inject" in failed
-    assert study.record["variants"][0]["verdict"] == "NON-SPECIFIC"
+    assert study.record()["variants"][0]["verdict"] == "NON-SPECIFIC"
 
 
 def test_joint_controls_are_read_in_full_only_where_the_verdict_turns_on_them(
@@ -465,7 +478,7 @@ def test_joint_controls_are_read_in_full_only_where_the_verdict_turns_on_them(
     monkeypatch.setattr(protocol.effects, "worst_rank", lambda records: 1.0)  # no single effect is specific
     study = intervene(toy_pair, toy_dictionary, feature=FEATURE, cache=toy_cache, settings=EXACT)
     assert counts
-    assert {v["verdict"] for v in study.record["variants"] if v["variant"] in counts} <= {
+    assert {v["verdict"] for v in study.record()["variants"] if v["variant"] in counts} <= {
         "NON-SPECIFIC",
         "INCONCLUSIVE",
     }
@@ -481,9 +494,9 @@ def test_joint_controls_stop_being_read_once_no_more_of_them_could_make_the_edit
 
     def joint_families():
         made = intervene(toy_pair, toy_dictionary, direction=half, cache=toy_cache, settings=EXACT)
-        inject = made.record["variants"][0]
+        inject = made.record()["variants"][0]
         found = {family["family"]: family for family in inject["joint_controls"]["families"]}
-        return found, [variant["verdict"] for variant in made.record["variants"]]
+        return found, [variant["verdict"] for variant in made.record()["variants"]]
 
     stopped, verdicts = joint_families()
     monkeypatch.setattr(effects, "least_rank", lambda *a: 0.0)
@@ -522,12 +535,12 @@ def test_positive_controls_that_move_nothing_fail_gate_6b(toy_pair, toy_cache, t
     monkeypatch.setattr(Bench, "_positives", lambda *a: {"mean difference": idle})
     study, failed = broken(toy_pair, toy_cache, toy_dictionary, "6b")
     assert failed == ["inject", "upstream"], "less of the stream leaves the final norm more of the cause: subtract"
-    verdicts = {variant["variant"]: variant["verdict"] for variant in study.record["variants"]}
+    verdicts = {variant["variant"]: variant["verdict"] for variant in study.record()["variants"]}
     assert verdicts["inject"] == "CAUSAL", "the edit itself shows that something of this size moves the model"
 
 
-def test_the_four_variants_edit_where_the_protocol_says():
-    assert [(v.name, v.edits_target, v.layers_below, v.predicted_sign) for v in four_variants(2)] == [
+def test_the_all_variants_edit_where_the_protocol_says():
+    assert [(v.name, v.edits_target, v.layers_below, v.predicted_sign) for v in all_variants(2)] == [
         ("inject", False, 0, +1),
         ("subtract", True, 0, -1),
         ("zero_ablate", True, 0, -1),

@@ -15,7 +15,7 @@ from sae_steer.model.hf.model import HFModel
 from sae_steer.model.hf.places import Run
 from sae_steer.model.hf.quiet import REFUSALS
 from sae_steer.model.hf.replaying import masked_or_by_prefix
-from sae_steer.randomness import generator
+from sae_steer.randomness import Stream, generator
 
 LENGTH = 16
 SHARE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -25,7 +25,9 @@ SHARE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bf
 @torch.no_grad()
 def check(model: HFModel) -> HFModel:
     """`model`, its way to replay settled; what does not hold is an `InputError` that names it."""
-    tokens = torch.randint(0, min(model.W_E.shape[0], model.shape.d_vocab), (2, LENGTH), generator=generator(0, 97))
+    tokens = torch.randint(
+        0, min(model.W_E.shape[0], model.shape.d_vocab), (2, LENGTH), generator=generator(0, Stream.PROBE_TOKENS)
+    )
     tokens = tokens.to(model.device)
     own = model.hf(tokens, output_hidden_states=True, use_cache=False)
     if getattr(own, "logits", None) is None or getattr(own, "hidden_states", None) is None:
