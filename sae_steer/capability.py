@@ -96,7 +96,7 @@ class Capability:
 
     @property
     def int8(self) -> bool:
-        """Whether it sums four products of int8 in one instruction, as wide as its float32 ones."""
+        """Whether it sums four products of int8 in one instruction, exactly: without one, oneDNN's sums saturate."""
         return bool(self.instructions & {"avx512_vnni", "amx_int8", "arm_i8mm"}) or (
             "avx_vnni" in self.instructions and "avx512" not in self.instructions
         )
