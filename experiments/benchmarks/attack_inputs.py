@@ -35,7 +35,7 @@ from sae_steer.cli import main as group
 from sae_steer.errors import SteerError
 
 SAE = f"runs/toy/saes/{DICTIONARY}"
-MEANT = {("--seed", "18446744073709551616"), ("--top", "18446744073709551616")}
+MEANT = {(flag, "18446744073709551616") for flag in ("--seed", "--top", "--rows-per-shard", "--prompts")}
 """Values that may be taken as they stand."""
 WHOLE = ("-1", "1.5", "x", "", "nan", "18446744073709551616", "1e3", "0x1g")
 REAL = ("nan", "inf", "-inf", "-1", "x", "", "1e400", "1,5")
@@ -324,7 +324,7 @@ def main() -> None:
             right = {name: outcome_of(name, folder, backup) for name in READERS}
             for family in FAMILIES:
                 cases = list(family())
-                cases = cases[:: max(1, round(1 / asked.share))]
+                cases = [cases[int(number / asked.share)] for number in range(int(len(cases) * asked.share))]
                 for case in cases[record.done(family.__name__) :]:
                     attempt(case, family.__name__, folder, backup, right, record)
     print(asked.out)
@@ -347,8 +347,10 @@ def attempt(case: Case, family: str, folder: Path, backup: Path, right: dict, re
         case.spoils()
     outcome = forked(case.act)
     name = f"{case.kind} {case.name}"
-    if outcome.is_told:
+    if outcome.is_told or (case.right in ("info", "trained") and outcome.code == 1):  # info says what is not whole
         ended = "told"
+    elif case.right == "report" and outcome.code == 0 and case.name.endswith(": gone"):
+        ended = "told"  # the page names what is missing, and the command that makes it
     elif outcome.code == 0:
         ended = "equal" if _is_equal(case, right) else "accepted"
     else:
@@ -364,9 +366,22 @@ def _is_equal(case: Case, right: dict) -> bool:
     if case.right is None:
         return False
     made = Path(READERS[case.right][1])
-    found = contents(made) if made.is_dir() else {}
-    spoilt = {name for name in {**found, **right[case.right]} if found.get(name) != right[case.right].get(name)}
-    return all(name.endswith(Path(case.name.split(":")[0]).name) for name in spoilt)
+    found = {name: _figures(name, content) for name, content in contents(made).items()} if made.is_dir() else {}
+    whole = {name: _figures(name, content) for name, content in right[case.right].items()}
+    other = {name for name in {**found, **whole} if found.get(name) != whole.get(name)}
+    return all(name.endswith(Path(case.name.split(":")[0]).name) for name in other)
+
+
+def _figures(name: str, content: bytes) -> Any:
+    """What a file says, but for what it was made from."""
+    if not name.endswith(".json"):
+        return content
+    try:
+        record = json.loads(content)
+    except ValueError:
+        return content
+    made_from = ("provenance", "seal", "files", "plan")
+    return {key: value for key, value in record.items() if key not in made_from} if isinstance(record, dict) else record
 
 
 def put_back(folder: Path, backup: Path, touched: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
 """Looking at a feature: what it fires on, and text written with and without it."""
 
 import json
+import math
 from dataclasses import asdict
 
 import click
@@ -10,6 +11,12 @@ from sae_steer.cli.options import COUNT, SOME, dictionary_options, on_own_device
 from sae_steer.settings import ContextSettings, SteerSettings
 
 VARIANTS = ("inject", "subtract", "zero_ablate", "upstream")
+
+
+def _finite(ctx: click.Context, param: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no size; give a finite number", ctx, param)
+    return value
 
 
 @main.command()
@@ -49,7 +56,9 @@ def features(features, pair, cache_folder, sae_folder, layer, as_json, **knobs) 
 @click.option("--feature", type=SOME, help="An index of the dictionary.")
 @click.option("--direction", help="Instead: mean-difference, unembedding, random, or a file with one vector.")
 @click.option("--variant", type=click.Choice(VARIANTS), default="subtract", help="Which intervention.")
-@click.option("--dose", default=1.0, type=click.FloatRange(min=0), help="Multiples of the direction's own size.")
+@click.option(
+    "--dose", default=1.0, type=click.FloatRange(min=0), callback=_finite, help="Multiples of the direction's own size."
+)
 @click.option("--max-tokens", default=SteerSettings.max_tokens, type=COUNT, help="Tokens written at most.")
 @click.option("--temperature", default=SteerSettings.temperature, help="Of the sampling.")
 @click.option("--seed", default=SteerSettings.seed, type=SOME, help="Of the noise that both texts share.")

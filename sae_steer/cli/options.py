@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import click
+from click.core import ParameterSource
 
 from sae_steer.arguments import check
 from sae_steer.errors import InputError
@@ -142,4 +143,8 @@ def open_dictionary(pair: str, cache_folder: Path | None, sae_folder: Path | Non
     loaded, places = open_pair(pair, cache_folder, None)
     cache = ActivationCache.open(places.cache, pair=loaded, keep_special_tokens=keep)
     folder = sae_folder or places.dictionary(loaded.target.name, layer)
-    return loaded, places, cache, load_dictionary(folder, model=loaded.target, layer=layer)
+    dictionary = load_dictionary(folder, model=loaded.target, layer=layer)
+    asked = click.get_current_context().get_parameter_source("layer") is ParameterSource.COMMANDLINE
+    if asked and dictionary.layer != layer:
+        raise InputError(f"the dictionary in {folder} is of layer {dictionary.layer}, not {layer}; leave --layer out")
+    return loaded, places, cache, dictionary
