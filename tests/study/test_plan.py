@@ -64,9 +64,9 @@ def test_a_plan_that_cannot_be_read_is_replaced_by_force_which_lists_it(tmp_path
 
 def test_a_plan_edited_after_the_study_ended_is_noticed(tmp_path):
     recorded = fix_plan(tmp_path, WANTED).record()
-    check_unedited(tmp_path, recorded)
+    check_unedited(tmp_path, recorded["hash"])
     check_unedited(tmp_path, None)
     path = tmp_path / PLAN_FILE
     path.write_text(path.read_text().replace("seed = 0", "seed = 1"))
     with pytest.raises(InputError, match="was edited after the study ended"):
-        check_unedited(tmp_path, recorded)
+        check_unedited(tmp_path, recorded["hash"])
