@@ -100,7 +100,7 @@ def measure() -> dict:
     theirs, random = lively_model(), generator(2)
     ours = adapt_hf(theirs)
     tokens = torch.randint(0, SHAPE["vocab_size"], (1, LENGTH), generator=random)
-    directions = torch.randn(DIRECTIONS, SHAPE["hidden_size"], generator=random) * 0.2
+    directions = torch.randn(DIRECTIONS, SHAPE["hidden_size"], generator=random) * 0.5
     few = directions[:WITH_HOOKS]
     replayed, found = rate(lambda: replay(ours, tokens, directions), warm=True)
     passes = {

@@ -19,6 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sae_steer.errors import InputError
 from sae_steer.model.language_model import Continuation, LanguageModel, Suffix
 from sae_steer.settings import DecoderSettings
 
@@ -238,6 +239,19 @@ class Decoder(nn.Module, LanguageModel):
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         """Next-token logits."""
         return self.unembed(self.run(self.embed(tokens)))
+
+
+def as_decoder(model: LanguageModel, purpose: str) -> Decoder:
+    """`model`, which must be one of our own to serve the purpose; another is an `InputError`.
+
+    Args:
+        purpose: what needs its weights, as a sentence: "the self-test plants truths in weights".
+    """
+    if not isinstance(model, Decoder):
+        raise InputError(
+            f"{purpose}, which only a Llama that the package reads itself has; not a {type(model).__name__}"
+        )
+    return model
 
 
 def init_decoder(shape: DecoderSettings, generator: torch.Generator) -> Decoder:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sae_steer.errors import InputError
-from sae_steer.model.decoder import Decoder
+from sae_steer.model.decoder import Decoder, as_decoder
 from sae_steer.model.language_model import Continuation, LanguageModel, Suffix
 from sae_steer.settings import RopeScaling
 
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 
-def to_hooked_transformer(model: Decoder) -> "HookedTransformer":
+def to_hooked_transformer(model: LanguageModel) -> "HookedTransformer":
     """A `HookedTransformer` with the same weights and the same residual stream: nothing folded or centred."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+    model = as_decoder(model, "a HookedTransformer is made from weights under known names")
     shape = model.shape
     config = HookedTransformerConfig(
         n_layers=shape.n_layers,

@@ -13,6 +13,7 @@ from pathlib import Path
 from sae_steer.cache import ActivationCache, cache_activations
 from sae_steer.dictionary import train_sae
 from sae_steer.errors import InputError
+from sae_steer.model.decoder import as_decoder
 from sae_steer.model.readout import TargetMass
 from sae_steer.outputs import writing
 from sae_steer.pair.model_pair import ModelPair
@@ -53,6 +54,7 @@ def selftest(
         precision: of the products behind their cache and dictionary; the studies themselves are made in float32.
         force: make the studies that are there anew.
     """
+    as_decoder(pair.target.model, "the self-test plants truths in weights under known names")
     unknown = set(kinds) - set(STUDIED)
     if unknown:
         raise InputError(f"no kind of study {', '.join(sorted(unknown))}; there are {', '.join(STUDIED)}")

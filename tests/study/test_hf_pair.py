@@ -13,13 +13,16 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from sae_steer.cache import cache_activations
 from sae_steer.dictionary import Dictionary, train_sae
+from sae_steer.errors import InputError
 from sae_steer.findings.layer_probability import layer_probability
 from sae_steer.model.decoder import Decoder
 from sae_steer.model.hf.model import HFModel
+from sae_steer.model.lens import to_hooked_transformer
 from sae_steer.model.loading import load_decoder
 from sae_steer.pair.model_pair import load_pair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.scan import scan_features
+from sae_steer.selftest.run import selftest
 from sae_steer.settings import LayersSettings
 from sae_steer.study.of_pair import intervene
 
@@ -92,6 +95,13 @@ def of_each(pair):
 def test_the_models_are_run_by_whom_they_should_be(pairs):
     assert isinstance(pairs["native"].target.model, Decoder)
     assert isinstance(pairs["transformers"].target.model, HFModel)
+
+
+def test_what_needs_weights_under_known_names_is_refused_by_name(pairs, tmp_path):
+    pair = pairs["transformers"]
+    for attempt in (lambda: selftest(pair, tmp_path), lambda: to_hooked_transformer(pair.target.model)):
+        with pytest.raises(InputError, match=r"known names.*not a HFModel"):
+            attempt()
 
 
 def test_the_caches_rows_are_the_same(caches):
