@@ -215,3 +215,19 @@ def test_the_command_line_refuses_by_the_same_ranges_under_its_own_names(command
     result = CliRunner().invoke(main, command.split())
     assert result.exit_code == 2
     assert told in result.stderr
+
+
+def test_public_values_are_held_against_their_fields_too():
+    assert ss.OnsetRule(tokens=["<|sep|>"]).tokens == ("<|sep|>",)
+    for make, told in (
+        (lambda: ss.OnsetRule(tokens="<|sep|>"), "OnsetRule.tokens is '<|sep|>', and takes a sequence, each text"),
+        (lambda: ss.OnsetRule(regexp="a"), "OnsetRule has no argument 'regexp'; did you mean 'regex'?"),
+        (lambda: ss.NamedModel("a", None), "NamedModel.model is None, and takes a LanguageModel"),
+        (
+            lambda: ss.GeneratedTexts(variants="adhd"),
+            "GeneratedTexts.variants is 'adhd', and takes a sequence, each text",
+        ),
+    ):
+        with pytest.raises(InputError) as refused:
+            make()
+        assert str(refused.value) == told

@@ -18,6 +18,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int32
 
+from sae_steer.arguments import Checked
 from sae_steer.corpus.plans import SEP, STEPS
 from sae_steer.corpus.regulation import REGULATION_PHRASES, is_pattern, is_target
 from sae_steer.corpus.spans import TokenizedText
@@ -28,7 +29,7 @@ MIN_PURITY = 0.9
 
 
 @dataclass(frozen=True)
-class OnsetRule:
+class OnsetRule(Checked):
     """Where steps begin: after any of `tokens`, or, if given, where a match of `regex` in the text ends."""
 
     tokens: tuple[str, ...] = (STEPS, SEP)

@@ -58,7 +58,7 @@ def to_stderr(line: str) -> None:
 
 
 @dataclass(frozen=True)
-class NamedModel:
+class NamedModel(Checked):
     """A model and what the pair calls it."""
 
     name: str

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from sae_steer.arguments import Checked
 from sae_steer.corpus import VARIANTS, UserText, label_positions, read_texts, write_plans
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
@@ -71,7 +72,7 @@ class TextSource(Protocol):
 
 
 @dataclass(frozen=True)
-class GeneratedTexts:
+class GeneratedTexts(Checked):
     """Plans of the grammar, each in both renderings, on the tasks of each split."""
 
     settings: CorpusSettings = field(default_factory=CorpusSettings)

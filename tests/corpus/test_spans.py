@@ -159,9 +159,9 @@ def test_time_grows_with_the_length_of_the_text_not_with_its_square():
         ids = tokenizer.encode("Dish 👍\n" + "Chop 👍 it\n切る\n" * repeats)
         times = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             rule.steps(ids, tokenizer)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     assert seconds(800) < 24 * seconds(100)  # 8 times the text; in quadratic time it would be 64
