@@ -1,7 +1,7 @@
 """The whole study on one pair, stage by stage: each reads what the one before wrote, and is made only once.
 
     cache -> dictionary -> scan -> interventions -> report
-      `-> layers ---------------------------------^
+      `-> layers, heads --------------------------^
 
 A finished stage is found again by its settings and the hashes of its inputs; one made with others is refused.
 """
@@ -23,12 +23,15 @@ from sae_steer.dictionary import Dictionary, check_fits, default_folder, train_s
 from sae_steer.effects.splicing import find_or_splice
 from sae_steer.errors import SteerError
 from sae_steer.files import TIMING_FILE, timed
+from sae_steer.findings import heads
 from sae_steer.findings import layer_probability as layers
+from sae_steer.findings.layer_patching import Depth
+from sae_steer.model.heads import has_heads
 from sae_steer.outputs import writing
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.progress import Progress, silent
-from sae_steer.records import already_done, write_json
+from sae_steer.records import already_done, read_json, write_json
 from sae_steer.sae.log import Log
 from sae_steer.scan import RECORD_FILE as SCAN_RECORD
 from sae_steer.scan import FeatureScan, load_scan, save_scan, scan_features, scan_provenance, tells_stability
@@ -38,6 +41,7 @@ from sae_steer.settings import (
     AtlasSettings,
     CacheSettings,
     CorpusSettings,
+    HeadsSettings,
     InterveneSettings,
     LayersSettings,
     SAESettings,
@@ -62,6 +66,8 @@ class StudySettings:
     scan: ScanSettings = field(default_factory=ScanSettings)
     intervene: InterveneSettings = field(default_factory=InterveneSettings)
     layers: LayersSettings = field(default_factory=LayersSettings)
+    heads: HeadsSettings | None = None
+    """None leaves the heads out, as does a model whose heads cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,11 @@ class Places:
     def layers(self) -> Path:
         """The layer curves' folder."""
         return self.run / "layers"
+
+    @property
+    def heads(self) -> Path:
+        """The folder of the heads' study."""
+        return self.run / "heads"
 
     def dictionary(self, model: str, layer: int, settings: SAESettings | None = None) -> Path:
         """A dictionary's folder."""
@@ -191,6 +202,29 @@ def find_or_read_layers(
     return path
 
 
+def where_it_moves(layers_record: Path, studied: int | None = DEFAULT_LAYER) -> str | None:
+    """At which layers the behaviour can be moved, with a warning if the studied one is not among them."""
+    patching = read_json(layers_record)["patching"]
+    return None if patching is None else Depth.of_record(patching).sentence(studied)
+
+
+def find_or_study_heads(
+    pair: ModelPair,
+    cache: ActivationCache,
+    out: Path,
+    *,
+    settings: HeadsSettings | None = None,
+    force: bool = False,
+    on_step: Progress = silent,
+) -> Path:
+    """The path of the heads' record in `out`, made now unless it is there."""
+    settings, path = settings or HeadsSettings(), out / heads.RECORD_FILE
+    if not already_done(path, heads.heads_provenance(pair, cache, settings), force=force):
+        with _into(out, heads.FILES, force):
+            heads.study_heads(pair, cache, settings=settings, on_step=on_step).save(out)
+    return path
+
+
 def run_study(
     pair: ModelPair,
     places: Places,
@@ -232,6 +266,8 @@ def run_study(
         leave_out=scan.specific_features, force=force, on_step=progress("intervene"),
     )  # fmt: skip
     find_or_read_layers(pair, cache, places.layers, settings=settings.layers, force=force, on_step=progress("layers"))
+    if settings.heads and all(has_heads(model.model) for model in pair.models):
+        find_or_study_heads(pair, cache, places.heads, settings=settings.heads, force=force, on_step=progress("heads"))
     return write_report(places.run, on_step=progress("report"))
 
 

@@ -317,7 +317,32 @@ class LayersSettings(Checked):
 
     prompts: Count = 300
     """Confirm-split texts a rendering at most."""
+    fit_prompts: Count = 120
+    """Train-split texts a rendering on which the tuned lens and the maps between the streams are fitted."""
+    patch_prompts: Some = 60
+    """Texts in the target's rendering whose onsets get the other model's stream; 0 leaves the patching out."""
     bootstrap_draws: Count = 10_000
+    seed: Seed = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadsSettings(Checked):
+    """How much text heads are matched on, and how much is sampled without each of them."""
+
+    prompts: Count = 150
+    """Confirm-split texts a rendering at most, on which attention is read."""
+    bootstrap_draws: Count = 2_000
+    null_draws: Count = 999
+    """Permutations of the tasks of every matched pair."""
+    ablation_prompts: Some = 32
+    """Plans sampled of every seed without each head, one a task; 0 leaves the ablation out."""
+    ablation_seeds: Count = 6
+    """With fewer, a sign test over seeds could not reach p = .05."""
+    ablation_tokens: Count = 320
+    """A plan that is longer ends there: without some heads plans never end."""
+    means: Literal["layer", "all"] = "layer"
+    """Which heads are held at their mean too: those of the broadcast head's layer, or all."""
+    temperature: Positive = 1.0
     seed: Seed = 0
 
 

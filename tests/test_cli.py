@@ -27,6 +27,7 @@ from sae_steer.settings import (
     AtlasSettings,
     CacheSettings,
     CorpusSettings,
+    HeadsSettings,
     InterveneSettings,
     LayersSettings,
     PairTrainingSettings,
@@ -43,6 +44,7 @@ SETTINGS = {
     "scan": (ScanSettings,),
     "intervene": (InterveneSettings,),
     "layers": (LayersSettings,),
+    "heads": (HeadsSettings,),
     "selftest": (SelftestSettings,),
 }
 CACHE = ("cache", "--train-plans", "60", "--scan-plans", "40", "--tune-plans", "30", "--confirm-plans", "40")
@@ -69,6 +71,7 @@ def workplace(tmp_path_factory):
                 ("scan", *SAE),
                 ("intervene", *SAE, "--quick", "--generations", "4", "--prompts", "30"),
                 ("layers", "--prompts", "10"),
+                ("heads", "--prompts", "10", "--ablation-prompts", "0"),
                 ("report",),
             )
         }
@@ -160,6 +163,7 @@ def test_each_command_picks_up_what_the_one_before_wrote_and_says_where_its_own_
         "train-sae": "runs/toy/saes/adhd_L2_hook_resid_post_k6_d48",
         "scan": "runs/toy/scan",
         "layers": "runs/toy/layers",
+        "heads": "runs/toy/heads",
         "report": "runs/toy/report.html",
     }
     for name, path in wanted.items():
@@ -177,6 +181,8 @@ def test_results_for_people_go_to_stderr_and_the_path_alone_to_stdout(workplace)
     for variant in ("inject", "subtract", "zero_ablate", "upstream"):
         assert f"\n{variant} " in said.stderr
     assert "features are specific" in workplace["scan"].stderr
+    assert "of the gap" in workplace["layers"].stderr
+    assert "the step-layout-broadcast head is L" in workplace["heads"].stderr
 
 
 def test_features_are_named_by_number_top_or_likeness(workplace, tmp_path):
@@ -353,6 +359,7 @@ def test_an_output_folder_that_cannot_be_written(here):
         ("scan", *known, *cache, "--sae", here / SAE[1]),
         ("intervene", *known, *cache, "--sae", here / SAE[1], "--feature", "3"),
         ("layers", *known, *cache),
+        ("heads", *known, *cache),
         ("run", *known),
     ):
         refused(steer(*command, "--out", "file/folder"), "file", "folder")
@@ -397,6 +404,7 @@ def test_outputs_of_other_settings_are_refused_and_left_alone(workplace):
         f"{SAE[1]}/training.json": (*DICTIONARY, *known, "--lr", "0.1"),
         "runs/toy/scan/feature_diff.json": ("scan", *known, *SAE, "--min-rate", "0.3"),
         "runs/toy/layers/layers.json": ("layers", *known, "--prompts", "9"),
+        "runs/toy/heads/heads.json": ("heads", *known, "--prompts", "9"),
     }
     for path, command in cases.items():
         before = Path(path).read_bytes()

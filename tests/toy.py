@@ -39,7 +39,11 @@ INTERVENE = InterveneSettings(
     null_draws=100,
 )  # fmt: skip
 STUDY = StudySettings(
-    corpus=CORPUS, cache=CACHE, sae=SAE, intervene=INTERVENE, layers=LayersSettings(prompts=8, bootstrap_draws=200)
+    corpus=CORPUS,
+    cache=CACHE,
+    sae=SAE,
+    intervene=INTERVENE,
+    layers=LayersSettings(prompts=8, fit_prompts=8, patch_prompts=4, bootstrap_draws=200),
 )
 
 

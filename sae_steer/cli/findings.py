@@ -18,7 +18,7 @@ from sae_steer.cli.options import (
     say_exact,
     seed_option,
 )
-from sae_steer.settings import LayersSettings, ScanSettings
+from sae_steer.settings import HeadsSettings, LayersSettings, ScanSettings
 
 
 @main.command()
@@ -68,14 +68,14 @@ def scan(pair, cache_folder, sae_folder, layer, top, min_rate, max_q, min_ratio,
 @seed_option
 @force_option
 def layers(pair, cache_folder, prompts, out, seed, force) -> None:
-    """P(target) at step onsets after every block, in both models.
+    """P(target) at step onsets after every block, and what putting one model's stream into the other moves there.
 
     \b
     Example:
         sae-steer layers
     """
     from sae_steer.cache import ActivationCache
-    from sae_steer.pipeline import find_or_read_layers
+    from sae_steer.pipeline import find_or_read_layers, where_it_moves
     from sae_steer.terminal import Bar
 
     loaded, places = open_pair(pair, cache_folder, None)
@@ -83,4 +83,59 @@ def layers(pair, cache_folder, prompts, out, seed, force) -> None:
     say_exact()
     settings = LayersSettings(prompts=prompts, seed=seed)
     cache, folder = ActivationCache.open(places.cache, pair=loaded), out or places.layers
-    click.echo(find_or_read_layers(loaded, cache, folder, settings=settings, force=force, on_step=Bar("layers")).parent)
+    record = find_or_read_layers(loaded, cache, folder, settings=settings, force=force, on_step=Bar("layers"))
+    if sentence := where_it_moves(record, None):
+        click.echo(sentence, err=True)
+    click.echo(record.parent)
+
+
+@main.command()
+@places_options
+@click.option("--prompts", default=HeadsSettings.prompts, type=COUNT, help="Texts a rendering at most.")
+@click.option(
+    "--ablation-prompts",
+    default=HeadsSettings.ablation_prompts,
+    type=SOME,
+    help="Plans sampled of every seed without each head; 0 leaves the ablations out.",
+)
+@click.option(
+    "--ablation-seeds",
+    default=HeadsSettings.ablation_seeds,
+    type=COUNT,
+    help="Samples of every plan without each head.",
+)
+@click.option(
+    "--means",
+    default=HeadsSettings.means,
+    type=click.Choice(["layer", "all"]),
+    help="Which heads are held at their mean too: the broadcast head's layer, or all.",
+)
+@out_option
+@seed_option
+@force_option
+def heads(pair, cache_folder, prompts, ablation_prompts, ablation_seeds, means, out, seed, force) -> None:
+    """Match attention heads across the pair by what they attend to, then sample plans without each.
+
+    \b
+    Example:
+        sae-steer heads
+    """
+    from sae_steer.cache import ActivationCache
+    from sae_steer.pipeline import find_or_study_heads
+    from sae_steer.records import read_json
+    from sae_steer.terminal import Bar
+
+    loaded, places = open_pair(pair, cache_folder, None)
+    on_own_device(loaded)
+    say_exact()
+    settings = HeadsSettings(
+        prompts=prompts,
+        ablation_prompts=ablation_prompts,
+        ablation_seeds=ablation_seeds,
+        means=means,
+        seed=seed,
+    )
+    cache, folder = ActivationCache.open(places.cache, pair=loaded), out or places.heads
+    record = find_or_study_heads(loaded, cache, folder, settings=settings, force=force, on_step=Bar("heads"))
+    click.echo(read_json(record)["summary"], err=True)
+    click.echo(record.parent)

@@ -17,7 +17,15 @@ from sae_steer.cli.options import (
     shares_option,
 )
 from sae_steer.errors import visible
-from sae_steer.settings import AUTO, CONTROLS, DEFAULT_LAYER, CacheSettings, InterveneSettings, SAESettings
+from sae_steer.settings import (
+    AUTO,
+    CONTROLS,
+    DEFAULT_LAYER,
+    CacheSettings,
+    HeadsSettings,
+    InterveneSettings,
+    SAESettings,
+)
 
 
 @main.command()
@@ -26,7 +34,7 @@ from sae_steer.settings import AUTO, CONTROLS, DEFAULT_LAYER, CacheSettings, Int
 @click.option(
     "--full",
     is_flag=True,
-    help=f"{CONTROLS['full']} control directions a family, not {CONTROLS['quick']}, and sampled plans.",
+    help=f"{CONTROLS['full']} control directions a family, not {CONTROLS['quick']}, sampled plans, heads.",
 )
 @precision_option
 @click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/PAIR]")
@@ -36,7 +44,7 @@ def run(pair, cache_folder, feature, full, precision, keep, out, force) -> None:
     """The whole study: cache, train-sae, scan, intervene, layers, report.
 
     The interventions are a first look, and the verdict says so, unless --full: small control families, as by
-    `intervene --quick`, and no sampled plans, which no verdict rests on.
+    `intervene --quick`, and no sampled plans, which no verdict rests on. --full studies the heads as well.
 
     \b
     Example:
@@ -44,7 +52,8 @@ def run(pair, cache_folder, feature, full, precision, keep, out, force) -> None:
     """
     from sae_steer.cache import begun_precision
     from sae_steer.dictionary import kept_precision
-    from sae_steer.pipeline import run_study
+    from sae_steer.findings.layer_probability import RECORD_FILE
+    from sae_steer.pipeline import run_study, where_it_moves
     from sae_steer.terminal import Bar, TrainingBar
     from sae_steer.world import World
 
@@ -63,6 +72,8 @@ def run(pair, cache_folder, feature, full, precision, keep, out, force) -> None:
     report = run_study(
         loaded, places, feature=feature, settings=settings, keep=keep, force=force, progress=Bar, log=bar
     )
+    if sentence := where_it_moves(places.layers / RECORD_FILE):
+        click.echo(sentence, err=True)
     click.echo(report)
 
 
@@ -74,6 +85,7 @@ def study_settings(*, full: bool = False, precision: str = AUTO):
         cache=CacheSettings(precision=precision),
         sae=SAESettings(precision=precision),
         intervene=InterveneSettings() if full else InterveneSettings(controls=CONTROLS["quick"], generations=0),
+        heads=HeadsSettings() if full else None,
     )
 
 

@@ -22,8 +22,10 @@ from sae_steer.progress import Progress, silent
 from sae_steer.report import figures, numbers
 from sae_steer.report.answer import answer, verdict
 from sae_steer.report.atlas_figure import atlas_figure
+from sae_steer.report.depth_figure import depth_figure, describe_depth
 from sae_steer.report.drawing import png_and_svg
 from sae_steer.report.effect_figures import control_histograms, describe, dose_curves, effect_forest, task_effects
+from sae_steer.report.heads_figure import describe_heads, heads_figure
 from sae_steer.report.run import Record, RunRecords
 from sae_steer.report.trace_figure import describe_trace, trace_by_block, traced
 from sae_steer.study.record import Study, TokenSet
@@ -116,6 +118,10 @@ def charts(run: RunRecords) -> list[Chart]:
     if run.layers and run.layers["curves"]:
         alt = "Probability of the target tokens over the layers, tabled below."
         found.append(Chart("layers", alt, partial(figures.layer_curves, run.layers)))
+        if run.layers["patching"]:
+            found.append(Chart("depth", describe_depth(run.layers), partial(depth_figure, run.layers)))
+    if run.heads:
+        found.append(Chart("heads", describe_heads(run.heads), partial(heads_figure, run.heads)))
     return found
 
 

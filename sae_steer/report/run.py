@@ -26,7 +26,8 @@ ATLAS = (
     "intervene --all-specific",
     ("provenance", "pair", "target_tokens", "target", "reference", "bound", "gap", "variants", "features"),
 )
-LAYERS = ("layers", ("provenance", "pair", "target_tokens", "curves"))
+LAYERS = ("layers", ("provenance", "pair", "target_tokens", "curves", "tuned_lens", "patching"))
+HEADS = ("heads", ("provenance", "pair", "summary", "matches", "centred", "broadcast", "ablations"))
 LISTED = 12
 """Rows of the atlas that the page tables."""
 
@@ -69,6 +70,7 @@ class RunRecords:
     atlas: Record | None = None
     atlas_table: Mapping[str, np.ndarray] | None = None
     """One row a feature and variant."""
+    heads: Record | None = None
 
     @classmethod
     def read(cls, run: Path) -> "RunRecords":
@@ -87,8 +89,9 @@ class RunRecords:
             layers=_read(run / "layers" / "layers.json", LAYERS),
             atlas=mapped,
             atlas_table=read_table(atlas / "atlas.parquet", of=mapped) if mapped else None,
+            heads=_read(run / "heads" / "heads.json", HEADS),
         )
-        if not (found.dictionaries or found.scan or found.studies or found.layers or found.atlas):
+        if not (found.dictionaries or found.scan or found.studies or found.layers or found.atlas or found.heads):
             raise InputError(
                 f"no record in {run}; run `sae-steer train-sae`, `scan` and `intervene` first, or name a run folder"
             )
@@ -138,6 +141,7 @@ class RunRecords:
             *((f"intervene/{folder.name}/results.json", folder.study.record()) for folder in self.studies),
             *([("intervene/atlas/atlas.json", self.atlas)] if self.atlas else []),
             *([("layers/layers.json", self.layers)] if self.layers else []),
+            *([("heads/heads.json", self.heads)] if self.heads else []),
         ]
 
     @property

@@ -10,7 +10,13 @@ rates      of clustered trials, and of two models read at the same onsets
 ranks      where values stand among others
 """
 
-from sae_steer.stats.bootstrap import Estimate, cluster_bootstrap, cluster_bootstrap_ratio, cluster_sums
+from sae_steer.stats.bootstrap import (
+    Estimate,
+    cluster_bootstrap,
+    cluster_bootstrap_ratio,
+    cluster_sums,
+    resampled_counts,
+)
 from sae_steer.stats.bounds import (
     BOUND_CAP,
     BOUND_SHARE,
@@ -50,6 +56,7 @@ __all__ = [
     "paired_rate_p",
     "percentile_among",
     "rank_p",
+    "resampled_counts",
     "sample_size",
     "sign_flip_p",
     "spearman",

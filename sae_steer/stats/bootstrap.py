@@ -85,7 +85,7 @@ def cluster_bootstrap_ratio(
     above, below = cluster_sums(numerator, clusters), cluster_sums(denominator, clusters)
     assert len(above) > 1, "one cluster has no spread to resample; at least 2 are needed"
     assert np.all(below.sum(axis=0) != 0), "the denominators sum to zero: there is nothing to share"
-    counts = _resampled_counts(len(above), draws, seed)
+    counts = resampled_counts(len(above), draws, seed)
     below = np.broadcast_to(below, above.shape)
     width = max(1, CELLS // draws)
     blocks = [
@@ -107,7 +107,7 @@ def cluster_bootstrap_ratio(
 
 
 @lru_cache(maxsize=4)
-def _resampled_counts(clusters: int, draws: int, seed: int) -> Float[np.ndarray, "draw cluster"]:
+def resampled_counts(clusters: int, draws: int, seed: int) -> Float[np.ndarray, "draw cluster"]:
     """How often each resample holds each cluster; kept, because a study asks for the same ones hundreds of times."""
     picks = np.random.default_rng(seed).integers(clusters, size=(draws, clusters))
     cells = picks + clusters * np.arange(draws)[:, None]

@@ -300,10 +300,81 @@ def layers(pair: str = "small") -> dict:
     for model, end in (("standard", 0.031), ("adhd", 0.274)):
         for rendering, factor in (("standard", 0.31), ("adhd", 1.0)):
             means = [factor * end * 0.11 ** (5 - layer) for layer in range(6)]
-            rows = [{"layer": i, "mean": mean, "low": 0.83 * mean, "high": 1.21 * mean} for i, mean in enumerate(means)]
-            curves.append({"model": model, "rendering": rendering, "n": 4017, "tasks": 149, "layers": rows})
-    tokens = {"ids": [77, 912], "tokens": [" sip", " deep"], "coverage": 0.7831}
-    return {"provenance": origin(pair=PAIR, cache=CACHE), "pair": pair, "target_tokens": tokens, "curves": curves}
+            rows = [{"layer": i, **around(mean), **parts(mean)} for i, mean in enumerate(means)]
+            ceiling = around(0.3017 * factor)
+            curve = {"model": model, "rendering": rendering, "n": 4017, "tasks": 149, "layers": rows}
+            curves.append(curve | {"ceiling": ceiling})
+    maps = [{"layer": i, "r2": 0.6123 + i / 20, "identity_r2": -0.4 + i / 4, "fit_rows": 26_011, "held_out_rows": 7_013}
+            for i in range(5)]  # fmt: skip
+    return {
+        "provenance": origin(pair=PAIR, cache=CACHE),
+        "pair": pair,
+        "target_tokens": {"ids": [77, 912], "tokens": [" sip", " deep"], "coverage": 0.7831},
+        "curves": curves,
+        "tuned_lens": {"standard": maps, "adhd": maps},
+        "patching": patching(),
+    }
+
+
+def around(mean: float) -> dict:
+    return {"mean": mean, "low": 0.83 * mean, "high": 1.21 * mean}
+
+
+def parts(mean: float) -> dict:
+    shares = {"tuned": 0.9, "attention": 0.21, "mlp": 0.34, "jump": 0.55}
+    return {name: around(share * mean) for name, share in shares.items()} | {"ratio": around(2.31)}
+
+
+def patching() -> dict:
+    rows = []
+    for layer in range(6):
+        for giver, receiver in (("adhd", "standard"), ("standard", "adhd")):
+            for flavour, factor in (("raw", 1.0), ("rotated", 0.9), ("affine", 0.7)):
+                share = factor * layer / 6
+                ends = {"share_low": share - 0.0312, "share_high": share + 0.0413 if layer else None}
+                rows.append({"layer": layer, "giver": giver, "receiver": receiver, "flavour": flavour, "share": share,
+                             **ends, "change": 0.2417 * share})  # fmt: skip
+    summary = "the behaviour can be moved after blocks 1, 2, 3, 4, 5"
+    return {"onsets": 811, "tasks": 57, "movable": [1, 2, 3, 4, 5], "summary": summary, "patched": rows}
+
+
+def heads() -> dict:
+    """Six heads in each model, two of them swapped."""
+    random = np.random.default_rng(3)
+    names = [f"L{layer}H{head}" for layer in range(2) for head in range(3)]
+    targets = [names[i] for i in (0, 1, 2, 5, 4, 3)]
+    centred = random.uniform(-0.5, 0.5, (6, 6)).round(4)
+    value = {"value": 0.9713, "low": 0.9511, "high": 0.9831}
+    matches = [
+        {"pair": {"reference": own, "target": other, "raw": value, "centred": value}, "stability": 0.873,
+         "p_prompts": 0.001, "p_layer": 0.0667}
+        for own, other in zip(names, targets, strict=True)
+    ]  # fmt: skip
+    effects = [
+        {"head": name, "way": way, "change": {"value": change, "low": change - 0.031, "high": change + 0.027},
+         "median_change": change, "per_seed": [change] * 6, "p_heads": 0.5, "mean_steps": 14.31}
+        for way in ("zero", "mean")
+        for name, change in zip(names, random.uniform(-0.06, 0.02, 6).round(4).tolist(), strict=True)
+    ]  # fmt: skip
+    return {
+        "provenance": origin(pair=PAIR, cache=CACHE),
+        "pair": "small",
+        "reference": "standard",
+        "target": "adhd",
+        "texts": 291,
+        "tasks": 143,
+        "summary": "the step-layout-broadcast head is L1H0 in standard and L1H2 in adhd",
+        "matched_raw": 0.9517, "matched_centred": 0.9012, "same_index_raw": 0.6613, "same_index_centred": 0.1311,
+        "in_place": 4, "in_layer": 6,
+        "broadcast": {"reference": "L1H0", "target": "L1H2"},
+        "matches": matches,
+        "centred": centred.tolist(),
+        "ablations": {
+            "model": "adhd",
+            "baseline": {"value": 0.8312, "low": 0.7811, "high": 0.8713},
+            "effects": effects,
+        },
+    }  # fmt: skip
 
 
 VARIANTS = (
@@ -388,4 +459,5 @@ def write_run(run: Path) -> Path:
     write_json(run / "intervene" / "feature-25" / "results.json", untested(25))
     write_atlas(run)
     write_json(run / "layers" / "layers.json", layers())
+    write_json(run / "heads" / "heads.json", heads())
     return run

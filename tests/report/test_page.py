@@ -88,7 +88,7 @@ def test_what_a_record_says_is_on_the_page(run, keys, value, written):
 def test_the_same_records_give_the_same_bytes_and_progress_ends_with_the_whole(reported, run):
     told = []
     write_report(run, on_step=lambda done, total, note="": told.append((done, total)))
-    assert told[-1] == (9, 9)
+    assert told[-1] == (11, 11)
     for path in sorted((reported / "figures").iterdir()):
         assert (run / "figures" / path.name).read_bytes() == path.read_bytes(), path.name
     assert (run / "report.html").read_bytes() == (reported / "report.html").read_bytes()
@@ -117,6 +117,8 @@ def test_every_chart_is_a_png_and_an_svg_of_the_page(reported):
         "density",
         "firing",
         "layers",
+        "depth",
+        "heads",
         "feature-7-effects",
         "feature-7-doses",
         "feature-7-controls",
@@ -166,11 +168,11 @@ def test_a_missing_part_is_named_with_its_command(run, part, command):
     assert f"<code>{command}</code>" in html
 
 
-@pytest.mark.parametrize("only", ["saes", "scan", "intervene", "layers"])
-def test_one_part_alone_is_a_page(run, only):
-    for part in {"saes", "scan", "intervene", "layers"} - {only}:
+@pytest.mark.parametrize(("only", "missing"), [("saes", 3), ("scan", 3), ("intervene", 3), ("layers", 3), ("heads", 4)])
+def test_one_part_alone_is_a_page(run, only, missing):
+    for part in {"saes", "scan", "intervene", "layers", "heads"} - {only}:
         shutil.rmtree(run / part)
-    assert page(RunRecords.read(run), {}).count("Not here yet") == 3
+    assert page(RunRecords.read(run), {}).count("Not here yet") == missing
 
 
 def test_no_record_at_all_is_an_error_in_one_line(tmp_path):
