@@ -5,6 +5,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sae_steer.errors import visible
+
 QUIET_SECONDS = 15.0
 """Between two lines where stderr is no terminal."""
 
@@ -30,7 +32,7 @@ class Bar:
         advanced = done - self._first
         left = (now - self._started) / advanced * (total - done) if advanced else None
         rest = "" if left is None or done >= total else f", {_spell(left)} left"
-        line = f"{self.title}: {done / max(total, 1):4.0%}{rest}  {note}"
+        line = f"{self.title}: {done / max(total, 1):4.0%}{rest}  {visible(note)}"
         end = "" if live and done < total else "\n"
         print(f"\r\x1b[2K{line}" if live else line, end=end, file=sys.stderr, flush=True)
 

@@ -489,3 +489,15 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(tmp_path):
     assert run([sys.executable, "-m", "sae_steer", *arguments]).returncode == 0
     assert len(list((tmp_path / "cached").glob("shard-*.h5"))) > len(kept)
     assert all((tmp_path / "cached" / name).stat().st_mtime_ns == moment for name, moment in kept.items())
+
+
+def test_an_empty_path_is_none(here):
+    for option in ("--out", "--cache"):
+        ran = steer("layers", "--pair", here / "toy", option, "")
+        assert ran.exit_code == 2
+        assert "the path is empty; name one, or . for the current folder" in ran.stderr
+
+
+def test_a_layer_that_is_not_the_dictionarys_is_refused(here):
+    known = ("--pair", here / "toy", "--cache", here / "activations/toy", "--sae", here / SAE[1])
+    refused(steer("scan", *known, "--layer", "1", "--out", "other"), "is of layer 2, not 1; leave --layer out")

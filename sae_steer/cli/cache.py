@@ -9,6 +9,7 @@ from sae_steer.cli.group import main
 from sae_steer.cli.options import (
     COUNT,
     SOME,
+    Place,
     force_option,
     open_pair,
     out_option,
@@ -26,9 +27,7 @@ from sae_steer.settings import DEFAULT_LAYER, SPLITS, CacheSettings, CorpusSetti
 @click.option(
     "--layer", "layers", multiple=True, default=[DEFAULT_LAYER], help="A block after which to store; repeat for more."
 )
-@click.option(
-    "--texts", type=click.Path(path_type=Path), help="A .txt or .jsonl file to read instead of the generated corpus."
-)
+@click.option("--texts", type=Place(), help="A .txt or .jsonl file to read instead of the generated corpus.")
 @click.option(
     "--train-plans", default=CorpusSettings.train_plans, type=SOME, help="Generated plans to train dictionaries on."
 )

@@ -19,6 +19,7 @@ from sae_steer.cli.options import (
     precision_option,
     say_precision,
 )
+from sae_steer.errors import visible
 from sae_steer.settings import SAESettings
 
 
@@ -111,4 +112,4 @@ def _tell_left_out(record: dict) -> None:
 
     for split, counted in record.get("rows_left_out", {}).items():
         if told := LeftOut(**counted).sentence(split):
-            click.echo(told, err=True)
+            click.echo(visible(told), err=True)

@@ -18,6 +18,7 @@ from sae_steer.cli.options import (
     say_exact,
     seed_option,
 )
+from sae_steer.errors import visible
 from sae_steer.settings import HeadsSettings, LayersSettings, ScanSettings
 
 
@@ -57,7 +58,7 @@ def scan(pair, cache_folder, sae_folder, layer, top, min_rate, max_q, min_ratio,
     folder = out or places.scan
     settings = ScanSettings(min_rate=min_rate, max_q=max_q, min_ratio=min_ratio)
     found = find_or_scan(cache, dictionary, folder, settings=settings, force=force, on_rows=Bar("scan"))
-    click.echo(found.table(top), err=True)
+    click.echo(visible(found.table(top)), err=True)
     click.echo(folder)
 
 
@@ -85,7 +86,7 @@ def layers(pair, cache_folder, prompts, out, seed, force) -> None:
     cache, folder = ActivationCache.open(places.cache, pair=loaded), out or places.layers
     record = find_or_read_layers(loaded, cache, folder, settings=settings, force=force, on_step=Bar("layers"))
     if sentence := where_it_moves(record, None):
-        click.echo(sentence, err=True)
+        click.echo(visible(sentence), err=True)
     click.echo(record.parent)
 
 
@@ -137,5 +138,5 @@ def heads(pair, cache_folder, prompts, ablation_prompts, ablation_seeds, means, 
     )
     cache, folder = ActivationCache.open(places.cache, pair=loaded), out or places.heads
     record = find_or_study_heads(loaded, cache, folder, settings=settings, force=force, on_step=Bar("heads"))
-    click.echo(read_json(record)["summary"], err=True)
+    click.echo(visible(read_json(record)["summary"]), err=True)
     click.echo(record.parent)

@@ -10,6 +10,7 @@ from sae_steer.cli.options import (
     COUNT,
     SOME,
     Knob,
+    Place,
     dictionary_options,
     force_option,
     keep_option,
@@ -19,6 +20,7 @@ from sae_steer.cli.options import (
     say_exact,
     seed_option,
 )
+from sae_steer.errors import visible
 from sae_steer.settings import CONTROLS, POSITIONS, AtlasSettings, InterveneSettings
 
 
@@ -37,7 +39,7 @@ from sae_steer.settings import CONTROLS, POSITIONS, AtlasSettings, InterveneSett
 @click.option(
     "--scan",
     "scan_folder",
-    type=click.Path(path_type=Path),
+    type=Place(),
     help="The scan that names top, like-2504 and the specific features.  [default: runs/PAIR/scan]",
 )
 @click.option("--quick", "size", flag_value="quick", help=f"{CONTROLS['quick']} control directions a family.")
@@ -87,7 +89,7 @@ def intervene(
     from sae_steer.pipeline import find_or_intervene
     from sae_steer.terminal import Bar
 
-    if bool(feature) + bool(direction) + all_specific > 1:
+    if (feature is not None) + (direction is not None) + all_specific > 1:
         raise click.UsageError("give one of --feature, --direction and --all-specific")
     if all_specific:
         _refuse_unused()
@@ -99,15 +101,17 @@ def intervene(
         settings = AtlasSettings(bound_share=bound, **shared)
         _atlas(loaded, cache, dictionary, scan_folder or places.scan, out or places.atlas, settings, force)
         return
-    source, leave_out = _source(feature or "top", direction, dictionary, scan_folder or places.scan)
+    source, leave_out = _source(
+        "top" if feature is None else feature, direction, dictionary, scan_folder or places.scan
+    )
     folder = out or places.intervene(source)
     settings = InterveneSettings(controls=CONTROLS[size or "full"], bound_share=bound, **knobs)
     study = find_or_intervene(
         loaded, cache, dictionary, source, folder,
         settings=settings, leave_out=leave_out, force=force, on_step=Bar("intervene"),
     )  # fmt: skip
-    click.echo(f"{study.direction} of {dictionary.name}: {study.note}", err=True)
-    click.echo(study.table(), err=True)
+    click.echo(visible(f"{study.direction} of {dictionary.name}: {study.note}"), err=True)
+    click.echo(visible(study.table()), err=True)
     click.echo(folder)
 
 
@@ -132,7 +136,7 @@ def _atlas(loaded, cache, dictionary, scan_folder: Path, folder: Path, settings:
     atlas = find_or_make_atlas(
         loaded, cache, dictionary, scan, folder, settings=settings, force=force, on_step=Bar("intervene")
     )
-    click.echo(atlas.summary(), err=True)
+    click.echo(visible(atlas.summary()), err=True)
     click.echo(folder)
 
 

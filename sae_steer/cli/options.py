@@ -23,18 +23,31 @@ def shared(*options: Callable) -> Callable:
     return decorate
 
 
+class Place(click.Path):
+    """A path that was named: an empty one, as from a variable that is not set, would mean the current folder."""
+
+    def __init__(self, **known: bool) -> None:
+        super().__init__(path_type=Path, **known)
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
+        """The path, or a usage error."""
+        if value == "":
+            self.fail("the path is empty; name one, or . for the current folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 pair_option = click.option("--pair", default=DEFAULT_PAIR, help="A packaged pair, or a folder with a pair.toml.")
-out_option = click.option("--out", type=click.Path(path_type=Path), help="Where to write.  [default: the usual place]")
+out_option = click.option("--out", type=Place(), help="Where to write.  [default: the usual place]")
 cache_option = click.option(
     "--cache",
     "cache_folder",
-    type=click.Path(path_type=Path),
+    type=Place(),
     help="The activation cache.  [default: activations/PAIR]",
 )
 sae_option = click.option(
     "--sae",
     "sae_folder",
-    type=click.Path(path_type=Path),
+    type=Place(),
     help="The dictionary's folder, ours or any of SAELens.  [default: the target model's]",
 )
 layer_option = click.option("--layer", default=DEFAULT_LAYER, help="The block after which the stream is read.")

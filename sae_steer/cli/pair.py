@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from sae_steer.cli.group import main
-from sae_steer.cli.options import COUNT, Knob, force_option, precision_option, say_precision, seed_option
+from sae_steer.cli.options import COUNT, Knob, Place, force_option, precision_option, say_precision, seed_option
 from sae_steer.settings import PRESETS, PairTrainingSettings
 
 
@@ -26,7 +26,7 @@ from sae_steer.settings import PRESETS, PairTrainingSettings
     "--lr", type=Knob(PairTrainingSettings, "lr"), default=PairTrainingSettings.lr, help="Peak learning rate."
 )
 @precision_option
-@click.option("--out", type=click.Path(path_type=Path), help="The pair's folder.  [default: pairs/PRESET]")
+@click.option("--out", type=Place(), help="The pair's folder.  [default: pairs/PRESET]")
 @seed_option
 @force_option
 def train_pair(preset, init, twin, tokens, lr, precision, out, seed, force) -> None:

@@ -7,6 +7,7 @@ import click
 
 from sae_steer.cli.group import main
 from sae_steer.cli.options import (
+    Place,
     force_option,
     keep_option,
     open_pair,
@@ -37,7 +38,7 @@ from sae_steer.settings import (
     help=f"{CONTROLS['full']} control directions a family, not {CONTROLS['quick']}, sampled plans, heads.",
 )
 @precision_option
-@click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/PAIR]")
+@click.option("--out", type=Place(), help="The run's folder.  [default: runs/PAIR]")
 @keep_option
 @force_option
 def run(pair, cache_folder, feature, full, precision, keep, out, force) -> None:
@@ -91,7 +92,7 @@ def study_settings(*, full: bool = False, precision: str = AUTO):
 
 @main.command()
 @pair_option
-@click.option("--run", "run_folder", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/PAIR]")
+@click.option("--run", "run_folder", type=Place(), help="The run's folder.  [default: runs/PAIR]")
 @force_option
 def report(pair, run_folder, force) -> None:
     """All records of a run as one offline page.
@@ -106,8 +107,8 @@ def report(pair, run_folder, force) -> None:
 
 
 @main.command()
-@click.argument("path", type=click.Path(path_type=Path, exists=True))
-@click.option("--texts", type=click.Path(path_type=Path), help="Also say what the pair at PATH finds in this file.")
+@click.argument("path", type=Place(exists=True))
+@click.option("--texts", type=Place(), help="Also say what the pair at PATH finds in this file.")
 @shares_option
 def info(path, texts, shares) -> None:
     """Say what a pair, cache, dictionary or record is, and whether it is whole.
