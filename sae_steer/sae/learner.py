@@ -103,7 +103,7 @@ class Learner:
     def refresh(self) -> None:
         """Renew what is derived from the weights, after they were copied in."""
         self.screens = self.screens and int(self.unsure) >= 0
-        self.coarse = _compiled().Coarse.of(self.W_enc) if self.screens else None
+        self.coarse = _compiled().Coarse.of(self.W_enc, _compiled().int8_product()) if self.screens else None
         self.round_weights()
 
     def round_weights(self) -> None:
@@ -150,7 +150,7 @@ def new_learner(first: Float[Tensor, "row d_in"], settings: SAESettings, world: 
     W_enc = W_dec * ((sample * guess).sum() / guess.square().sum())
     floor = (top.values[:, -1] * (sample * guess).sum() / guess.square().sum()).mean().clamp_min(0)
     device = world.device
-    may_screen = device.type == "cpu" and world.size == 1 and world.autocast and settings.architecture == "topk"
+    may_screen = device.type == "cpu" and world.size == 1 and settings.architecture == "topk"
     return Learner(
         settings=settings,
         W_enc=W_enc.to(device),
@@ -160,7 +160,7 @@ def new_learner(first: Float[Tensor, "row d_in"], settings: SAESettings, world: 
         threshold=torch.full((d_sae,), float(floor), device=device),
         silent_rows=torch.zeros(d_sae, dtype=torch.long, device=device),
         precision=world.autocast or torch.float32,
-        screens=bool(may_screen) and _compiled().screening_pays(d_sae, settings.k),
+        screens=may_screen and _compiled().screening_pays(d_sae, settings.k),
         unsure=torch.zeros((), dtype=torch.long),
     )
 
@@ -234,11 +234,11 @@ def _compiled():
 def _choose(learner: Learner, x: Tensor, k: int, engine, world: World):
     """The codes of the step, and JumpReLU's codes near their thresholds."""
     architecture = learner.settings.architecture
+    W = learner.low if len(learner.low) else learner.W_enc
     if learner.screens and k == learner.settings.k:
-        codes, unsure = engine.screened_topk(x, learner.low, learner.coarse, learner.b_enc, learner.b_dec, k)
+        codes, unsure = engine.screened_topk(x, W, learner.coarse, learner.b_enc, learner.b_dec, k)
         learner.count_unsure(len(x), unsure)
         return codes, None
-    W = learner.low if len(learner.low) else learner.W_enc
     x, bias = x.to(W.dtype), (learner.b_enc - learner.W_enc @ learner.b_dec).to(W.dtype)
     if architecture == "topk":
         return engine.select_topk(x, W, bias, k), None

@@ -1,9 +1,9 @@
 """The kernels of `kernels` for CPUs, compiled by numba: same results, up to the order of a sum.
 
 `select_topk` is exact and reads each pre-activation once: the maxima of groups of entries give a bound that at
-least k entries reach; the few entries above it are then cut to k. In bfloat16 all comparisons are of 16-bit
-integers, 32 at a time. `screened_topk` halves the encoder's product: in int8 it finds the entries that may be among
-the k largest, and computes these alone in float32. `step_features` sums a feature's gradients and updates it before
+least k entries reach; the few entries above it are then cut to k. All comparisons are of integers, the bits of the
+numbers. `screened_topk` halves or quarters the encoder's product: in int8 it finds the entries that may be among the
+k largest, and computes these alone in float32. `step_features` sums a feature's gradients and updates it before
 it leaves the cache, so no gradient of a matrix is ever stored.
 
 Loops run over ranges of rows or features without the interpreter's lock, each range in one thread; each row and
@@ -11,19 +11,19 @@ feature has one owner, so results do not depend on the number of threads.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from typing import Literal
 
-import llvmlite.binding
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Float, Int, Int8
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
+from sae_steer.capability import capability
 from sae_steer.sae.architectures import SLAB
+from sae_steer.sae.kernels import cpu_maddubs as maddubs
 from sae_steer.sae.kernels import cpu_select as choosing
 from sae_steer.sae.kernels import cpu_step as loops
 from sae_steer.sae.kernels.portable import Part, Reconstruction, RowCodes, preactivations
-from sae_steer.sae.kernels.portable import select_topk as torch_select_topk
 from sae_steer.world import in_threads
 
 AT_ONCE = 256
@@ -55,54 +55,79 @@ def _empty_codes(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 def select_topk(
     x: Float[Tensor, "row d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, " d_sae"], k: int
 ) -> RowCodes:
-    """As in `kernels`."""
-    if x.dtype != torch.bfloat16:
-        return torch_select_topk(x, W, bias, k)
+    """As in `kernels`; of float32 too the lowest indices among equal ones."""
     indices, values, counts = _empty_codes(len(x), k)
+    bits = torch.int16 if x.dtype == torch.bfloat16 else torch.int32
 
     @torch.no_grad()  # holds for one thread
     def choose(start: int) -> None:
         here = slice(start, start + AT_ONCE)
         pre = preactivations(x[here], W, bias)
         out = (indices[here].numpy(), values[here].numpy(), counts[here].numpy())
-        choosing.select_topk(0, len(pre), pre.view(torch.int16).numpy(), k, *out)
+        choosing.select_topk(0, len(pre), pre.view(bits).numpy(), k, *out)
 
     in_threads(choose, range(0, len(x), AT_ONCE), x.device)
     return RowCodes(indices, values, counts)
 
 
+Int8Product = Literal["vnni", "maddubs"]
+_LEVELS: dict[Int8Product, int] = {"vnni": 127, "maddubs": maddubs.LEVELS}
+
+
+def int8_product() -> Int8Product | None:
+    """How this processor multiplies int8 exactly and faster than anything else, if it does.
+
+    `vnni`, one instruction for four products, is oneDNN's; `maddubs`, with AVX2 alone, is our own. What ARM's i8mm
+    would give has not been measured.
+    """
+    here = capability()
+    if "avx2" not in here.instructions:
+        return None
+    return "vnni" if here.int8 else "maddubs"
+
+
 @dataclass(frozen=True)
 class Coarse:
-    """Rows in int8, each times a scale of its own."""
+    """Rows in int8, each times a scale of its own, for one of the products."""
 
     rows: Int8[Tensor, "row d_in"]
     scales: Float[Tensor, " row"]
+    product: Int8Product
 
     @classmethod
-    def of(cls, rows: Float[Tensor, "row d_in"]) -> "Coarse":
+    def of(cls, rows: Float[Tensor, "row d_in"], product: Int8Product) -> "Coarse":
         """`rows`, rounded to nearest."""
-        made = cls(torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows)))
-        given = (rows, torch.zeros(rows.shape[1]), torch.empty_like(rows), made.rows, made.scales)
-        _each(loops.round_to_int8, len(rows), *(array.numpy() for array in given))
-        return made
+        coarse = cls(torch.empty(rows.shape, dtype=torch.int8), torch.empty(len(rows)), product)
+        centred = torch.empty_like(rows).numpy()
+        out = (centred, coarse.rows.numpy(), coarse.scales.numpy())
+        _each(loops.round_to_int8, len(rows), rows.numpy(), np.zeros(rows.shape[1], np.float32), *coarse.grid, *out)
+        return coarse
 
+    @property
+    def grid(self) -> tuple[np.float32, np.float32]:
+        """The largest whole number, and one over it."""
+        levels = _LEVELS[self.product]
+        return np.float32(levels), np.float32(1 / levels)
 
-@cache
-def is_fast_at_int8() -> bool:
-    """Whether this processor multiplies int8 twice as fast as bfloat16 and exactly (AVX-512 VNNI)."""
-    return llvmlite.binding.get_host_cpu_features().get("avx512vnni", False)
+    def panels(self) -> maddubs.Panels | None:
+        """The rows as `maddubs` reads them, where that is the product."""
+        if self.product == "vnni":
+            return None
+        panels = maddubs.Panels.empty(*self.rows.shape)
+        _each(maddubs.pack, len(panels.weights), self.rows.numpy(), panels.weights, panels.begin)
+        return panels
 
 
 def screening_pays(d_sae: int, k: int) -> bool:
     """Whether `screened_topk` is faster here, and k enough to tell an error from: more than k entries are computed
     twice, to halve the work on d_sae."""
-    return is_fast_at_int8() and k >= 16 and d_sae >= 40 * k
+    return int8_product() is not None and k >= 16 and d_sae >= 40 * k
 
 
 @torch.no_grad()
 def screened_topk(
     x: Float[Tensor, "row d_in"],
-    W: BFloat16[Tensor, "d_sae d_in"],
+    W: Float[Tensor, "d_sae d_in"],
     coarse: Coarse,
     b_enc: Float[Tensor, " d_sae"],
     b_dec: Float[Tensor, " d_in"],
@@ -116,30 +141,46 @@ def screened_topk(
 
     Args:
         x: float32.
+        W: float32 or bfloat16.
         coarse: W in int8.
     """
     indices, values, counts = _empty_codes(len(x), k)
     most = min(4 * k + 64, len(W))
+    weights = W.numpy() if W.dtype == torch.float32 else W.view(torch.int16).numpy()
+    panels = coarse.panels()
 
-    @torch.no_grad()
+    @torch.no_grad()  # holds for one thread
     def choose(start: int) -> None:
         here = slice(start, start + SCREENED_AT_ONCE)
-        centred, scales = np.empty(x[here].shape, np.float32), np.empty(len(x[here]), np.float32)
-        rounded = np.empty(centred.shape, np.int8)
-        loops.round_to_int8(0, len(centred), x[here].numpy(), b_dec.numpy(), centred, rounded, scales)
-        products = torch._int_mm(torch.from_numpy(rounded), coarse.rows.T)
+        centred, scales, products = _int8_products(x[here], b_dec, coarse, panels)
         choosing.screened_topk(
-            0, len(centred), centred, W.view(torch.int16).numpy(), b_enc.numpy(), products.numpy(), scales,
-            coarse.scales.numpy(), k, np.float32(SPREAD), most, indices[here].numpy(), values[here].numpy(),
-            counts[here].numpy(),
+            0, len(centred), centred, weights, b_enc.numpy(), products, scales, coarse.scales.numpy(), k,
+            np.float32(SPREAD), most, indices[here].numpy(), values[here].numpy(), counts[here].numpy(),
         )  # fmt: skip
 
     in_threads(choose, range(0, len(x), SCREENED_AT_ONCE), x.device)
     unsure = (counts < 0).nonzero()[:, 0]
     if len(unsure):
-        whole = torch_select_topk(x[unsure] - b_dec, W.float(), b_enc, k)
+        whole = select_topk(x[unsure] - b_dec, W.float(), b_enc, k)
         indices[unsure], values[unsure], counts[unsure] = whole.indices, whole.values, whole.counts
     return RowCodes(indices, values, counts), len(unsure)
+
+
+def _int8_products(
+    x: Tensor, b_dec: Tensor, coarse: Coarse, panels: maddubs.Panels | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x - b_dec, its scales in int8, and its whole-numbered products with the coarse rows."""
+    centred, scales = np.empty(x.shape, np.float32), np.empty(len(x), np.float32)
+    if panels is None:
+        rounded = np.empty(x.shape, np.int8)
+        loops.round_to_int8(0, len(x), x.numpy(), b_dec.numpy(), *coarse.grid, centred, rounded, scales)
+        return centred, scales, torch._int_mm(torch.from_numpy(rounded), coarse.rows.T).numpy()
+    rows, products = maddubs.room(*x.shape, len(coarse.rows))
+    rounded = rows.view(np.int8)[: len(x), : x.shape[1]]
+    loops.round_to_int8(0, len(x), x.numpy(), b_dec.numpy(), *coarse.grid, centred, rounded, scales)
+    rounded += maddubs.ZERO
+    maddubs.multiply(rows, panels.weights, panels.begin, products)
+    return centred, scales, products
 
 
 @torch.no_grad()
@@ -247,12 +288,12 @@ def step_features(
     d_sae, blocks = len(W_enc), -(-len(W_enc) // BLOCK)
     b_enc, fired, through = torch.empty(d_sae), torch.empty(d_sae, dtype=torch.int32), torch.zeros(blocks, x.shape[1])
     dead = parts[1] if len(parts) > 1 else None
-    coarse = coarse or Coarse(torch.empty(0, W_enc.shape[1], dtype=torch.int8), torch.empty(0))
+    coarse = coarse or Coarse(torch.empty(0, W_enc.shape[1], dtype=torch.int8), torch.empty(0), "vnni")
     _each(
         loops.step_features, blocks, BLOCK, x.numpy(), b_dec.numpy(), np.array(prefixes, np.int32),
         *_slots_by_feature(parts[0], d_sae), *_slots_by_feature(dead, d_sae),
         W_enc.numpy(), W_dec.numpy(), low.view(torch.int16).numpy(), coarse.rows.numpy(), coarse.scales.numpy(),
         *(moment.numpy() for moment in moments),
-        *map(np.float32, rates), b_enc.numpy(), fired.numpy(), through.numpy(),
+        *coarse.grid, *map(np.float32, rates), b_enc.numpy(), fired.numpy(), through.numpy(),
     )  # fmt: skip
     return b_enc, fired, through.sum(0)

@@ -1,9 +1,13 @@
 """The compiled loops that choose the codes of a row: plain arrays in, plain arrays filled; nothing here knows torch.
 
-Every loop takes the first and last row it is to do.
+Every loop takes the first and last row it is to do. Rows to choose from come as the bits of their numbers, int16 for
+bfloat16 and int32 for float32: positive numbers order as their bits do, and negative ones are below zero as integers
+too.
 """
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from sae_steer.sae.kernels.jit import REORDERED, loop, shared
 
@@ -11,22 +15,23 @@ from sae_steer.sae.kernels.jit import REORDERED, loop, shared
 @shared()
 def _bound(ordered, count, k):
     """The largest v >= 1 that at least k of the first `count` entries reach, or 1; one bit of v a round."""
-    low = np.int16(0)
-    for bit in range(14, -1, -1):
-        tried = np.int16(low | (1 << bit))
+    integer = ordered.dtype.type
+    low = integer(0)
+    for bit in range(8 * ordered.itemsize - 2, -1, -1):
+        tried = integer(low | (1 << bit))
         above = np.int32(0)
         for j in range(count):
             above += np.int32(ordered[j] >= tried)
         if above >= k:
             low = tried
-    return max(low, np.int16(1))
+    return max(low, integer(1))
 
 
 @loop()
 def select_topk(start, stop, pre, k, indices, values, counts):
-    """The k largest entries above zero of bfloat16 rows given as int16 bits; the lowest index among equals."""
+    """The k largest entries above zero of rows given as bits; the lowest index among equals."""
     d_sae = pre.shape[1]
-    maxima, hits, kept, where = _space_to_choose(d_sae, k)
+    maxima, hits, kept, where = _space_to_choose(pre, d_sae, k)
     for n in range(start, stop):
         row = pre[n]
         _lane_maxima(row, maxima)
@@ -40,7 +45,9 @@ def select_topk(start, stop, pre, k, indices, values, counts):
 def screened_topk(
     start, stop, x, W, b_enc, products, x_scales, W_scales, k, spread, most, indices, values, counts
 ):  # fmt: skip
-    """The k largest pre-activations above zero of bfloat16 weights, found by those in int8, off by some error.
+    """The k largest pre-activations above zero, found by those in int8, off by some error.
+
+    `W` is float32, or the bits of bfloat16.
 
     The k largest in int8 are computed; how far the two differ tells the error (root mean square), and the least of
     them how low an entry can be in int8 and yet, `spread` times that error off, be among the k largest; more times
@@ -50,9 +57,9 @@ def screened_topk(
     widest = np.float32(0)
     for j in range(len(W_scales)):
         widest = max(widest, W_scales[j])
-    d_sae = products.shape[1]
-    maxima, hits, kept, where = _space_to_choose(d_sae, k)
+    d_sae = len(W_scales)
     bits, dots = np.empty(d_sae, np.int16), np.empty(most, np.float32)
+    maxima, hits, kept, where = _space_to_choose(bits, d_sae, k)
     for n in range(start, stop):
         for j in range(d_sae):
             near = np.float32(products[n, j]) * (x_scales[n] * W_scales[j]) + b_enc[j]
@@ -99,7 +106,7 @@ def _least(values, count):
 
 @shared(fastmath=REORDERED)
 def _dots(row, table, indices, used, dots):
-    """The products of a row with rows of a bfloat16 table, given as int16 bits, four at a time."""
+    """The products of a row with rows of a table, float32 or the bits of bfloat16, four at a time."""
     for first in range(0, used, 4):
         last = used - 1
         ra, rb = table[indices[first]], table[indices[min(first + 1, last)]]
@@ -114,25 +121,28 @@ def _dots(row, table, indices, used, dots):
         dots[min(first + 2, last)], dots[min(first + 3, last)] = c, d
 
 
-@shared()
-def _widened(bits):
-    """The bfloat16 number of these bits in float32."""
-    return np.uint32(np.uint32(np.uint16(bits)) << np.uint32(16)).view(np.float32)
+def _widened(number):
+    """A number in float32, given as the bits of bfloat16 (int16), of float32 (int32), or as it is."""
+
+
+@overload(_widened, inline="always")
+def _widened_by_type(number):
+    if number is types.int16:
+        return lambda number: np.uint32(np.uint32(np.uint16(number)) << np.uint32(16)).view(np.float32)
+    return (lambda number: np.int32(number).view(np.float32)) if number is types.int32 else (lambda number: number)
 
 
 @shared()
-def _space_to_choose(d_sae, k):
+def _space_to_choose(rows, d_sae, k):
     """Where the largest of every lane of a row go, and what is found on the way to its k largest entries."""
     lanes = min(d_sae, max(512, 8 * k))
-    return np.empty(lanes, np.int16), np.empty(lanes, np.int32), np.empty(d_sae, np.int16), np.empty(d_sae, np.int32)
+    kind = rows.dtype
+    return np.empty(lanes, kind), np.empty(lanes, np.int32), np.empty(d_sae, kind), np.empty(d_sae, np.int32)
 
 
 @shared()
 def _lane_maxima(row, maxima):
-    """The largest of the entries j, j + lanes, j + 2 lanes, ... for every j below lanes.
-
-    Positive bfloat16 numbers order as their bits do, and negative ones are below zero as integers too.
-    """
+    """The largest of the entries j, j + lanes, j + 2 lanes, ... for every j below lanes."""
     lanes = len(maxima)
     for j in range(lanes):
         maxima[j] = row[j]

@@ -122,7 +122,7 @@ def step_features(
     starts, order, values, slopes, errors, width,
     dead_starts, dead_order, dead_values, dead_slopes, dead_errors, dead_width,
     W_enc, W_dec, low, coarse, scales, enc_first, enc_second, dec_first, dec_second,
-    lr, eps, correction, b_enc, fired, through,
+    levels, unit, lr, eps, correction, b_enc, fired, through,
 ):  # fmt: skip
     """Gradients and Adam of the features of blocks start to stop; each decoder row back to norm one."""
     d_in = x.shape[1]
@@ -158,7 +158,7 @@ def step_features(
         if len(low):
             _round_to_bfloat16(encoder, low[j])
         if len(coarse):
-            scales[j] = _round_to_int8(encoder, coarse[j])
+            scales[j] = _round_to_int8(encoder, coarse[j], levels, unit)
 
 
 @shared()
@@ -171,21 +171,21 @@ def _round_to_bfloat16(row, bits):
 
 
 @loop()
-def round_to_int8(start, stop, rows, origin, centred, rounded, scales):
-    """Every row minus the origin, and that as int8 times a scale of its own."""
+def round_to_int8(start, stop, rows, origin, levels, unit, centred, rounded, scales):
+    """Every row minus the origin, and that as whole numbers up to `levels` times a scale; `unit` is 1 / levels."""
     for n in range(start, stop):
         for i in range(len(origin)):
             centred[n, i] = rows[n, i] - origin[i]
-        scales[n] = _round_to_int8(centred[n], rounded[n])
+        scales[n] = _round_to_int8(centred[n], rounded[n], levels, unit)
 
 
 @shared()
-def _round_to_int8(row, rounded):
+def _round_to_int8(row, rounded, levels, unit):
     largest = np.float32(0)
     for i in range(len(row)):
         size = abs(row[i])
         largest = size if size > largest else largest
-    inverse = np.float32(127) / largest if largest > 0 else np.float32(0)
+    inverse = levels / largest if largest > 0 else np.float32(0)
     for i in range(len(row)):
         rounded[i] = np.int8(np.rint(row[i] * inverse))
-    return largest * np.float32(1 / 127)  # forms that every caller's compilation leaves as they are
+    return largest * unit  # forms that every caller's compilation leaves as they are

@@ -1,13 +1,16 @@
 """The sparse products equal their dense forms in float64, gradients included; the compiled ones equal torch's."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from sae_steer.capability import capability
 from sae_steer.randomness import generator
 from sae_steer.sae.architectures import SLAB
 from sae_steer.sae.kernels import cpu as compiled
+from sae_steer.sae.kernels import cpu_maddubs as maddubs
 from sae_steer.sae.kernels import portable as kernels
 from sae_steer.sae.kernels.portable import Part, RowCodes
 from sae_steer.world import World
@@ -66,25 +69,66 @@ def test_gradients_equal_the_dense_form(prefixes: list[int], with_dead: bool) ->
         assert f_dead.abs().sum() > 0, "nothing was revived, so nothing was tested"
 
 
-@pytest.mark.parametrize("engine", [kernels, compiled])
+@pytest.fixture(params=["vnni", "maddubs"])
+def product(request) -> str:
+    """A product in int8 that this machine has."""
+    if not (capability().int8 if request.param == "vnni" else "avx2" in capability().instructions):
+        pytest.skip(f"no {request.param} here")
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"), [(kernels, torch.bfloat16), (compiled, torch.bfloat16), (compiled, torch.float32)]
+)
 @pytest.mark.parametrize("rows", [0, 1, SLAB + 7])
-def test_selection_is_exact_where_values_tie_and_however_many_slabs(engine, rows: int) -> None:
+def test_selection_is_exact_where_values_tie_and_however_many_slabs(engine, dtype: torch.dtype, rows: int) -> None:
     x, W, bias = whole_numbers(rows, 4, seed=1), whole_numbers(600, 4, seed=2), whole_numbers(600, seed=3)
-    codes = engine.select_topk(x.bfloat16(), W.bfloat16(), bias.bfloat16(), 40)
+    codes = engine.select_topk(x.to(dtype), W.to(dtype), bias.to(dtype), 40)
     pre = x @ W.T + bias
     keys = pre.double() * 1000 - torch.arange(600)  # of equal values the lowest index
     chosen = torch.zeros(pre.shape, dtype=torch.bool).scatter(1, keys.topk(40, dim=1).indices, True)
     assert torch.equal(dense_codes(pre, codes), pre.relu() * chosen)
 
 
+@pytest.mark.parametrize(("rows", "d_sae", "k"), [(1, 24, 24), (300, 24, 5), (300, 600, 40), (130, 4096, 40)])
+def test_selection_in_float32_is_torchs(rows: int, d_sae: int, k: int) -> None:
+    x, W, bias = (
+        torch.randn(shape, generator=generator(5, i)) for i, shape in enumerate([(rows, 8), (d_sae, 8), d_sae])
+    )
+    x[0, 0] = 1e30  # from the smallest exponents to the largest
+    x[-1] *= 1e-30
+    codes, pre = compiled.select_topk(x, W, bias, k), torch.addmm(bias, x, W.T)
+    top = pre.topk(k, dim=1)
+    expected = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
+    torch.testing.assert_close(dense_codes(pre, codes), expected)
+    assert torch.equal(codes.counts, (top.values > 0).sum(1).int())
+
+
+@pytest.mark.parametrize(("rows", "d_in", "d_sae"), [(1, 8, 32), (5, 13, 37), (64, 512, 96)])
+def test_a_product_of_seven_bits_is_exact_at_its_largest(rows: int, d_in: int, d_sae: int) -> None:
+    if "avx2" not in capability().instructions:
+        pytest.skip("no AVX2 here")
+    ends = np.array([-maddubs.LEVELS, maddubs.LEVELS], np.int8)
+    x, W = (ends[torch.randint(2, (n, d_in), generator=generator(n)).numpy()] for n in (rows, d_sae))
+    x[0], W[0], W[-1] = maddubs.LEVELS, maddubs.LEVELS, -maddubs.LEVELS  # as far as a sum can go, either way
+    panels, (given, products) = maddubs.Panels.empty(d_sae, d_in), maddubs.room(rows, d_in, d_sae)
+    maddubs.pack(0, len(panels.weights), W, panels.weights, panels.begin)
+    given[:rows, :d_in] = x + np.int8(maddubs.ZERO)
+    maddubs.multiply(given, panels.weights, panels.begin, products)
+    assert np.array_equal(products[:rows, :d_sae], x.astype(np.int64) @ W.T.astype(np.int64))
+
+
 @pytest.mark.parametrize("rows", [0, 1, 1000])
 @pytest.mark.parametrize(("d_sae", "k"), [(24, 5), (600, 40), (4096, 40)])
-def test_codes_screened_in_int8_are_those_of_float32(d_sae: int, k: int, rows: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_codes_screened_in_int8_are_those_of_float32(
+    d_sae: int, k: int, rows: int, dtype: torch.dtype, product: str
+) -> None:
     x, W = (torch.randn(n, 64, generator=generator(n)) for n in (rows, d_sae))
     b_enc, b_dec = torch.randn(d_sae, generator=generator(1)), torch.randn(64, generator=generator(2))
     x[: rows // 10, 3] = 1000  # takes all of int8's range, and no feature reads it
     W[:, 3] = 0
-    low, coarse = W.bfloat16(), compiled.Coarse.of(W)
+    low, coarse = W.to(dtype), compiled.Coarse.of(W, product)
     codes, unsure = compiled.screened_topk(x, low, coarse, b_enc, b_dec, k)
     pre, whole = torch.addmm(b_enc, x - b_dec, low.float().T), kernels.select_topk(x - b_dec, low.float(), b_enc, k)
     torch.testing.assert_close(dense_codes(pre, codes), dense_codes(pre, whole), rtol=1e-5, atol=1e-4)
@@ -127,7 +171,7 @@ def test_compiled_products_equal_torchs(prefixes: list[int]) -> None:
     found = kernels.feature_gradients(x, b_dec, results[0][1], prefixes, D_SAE)
     weights = (W_enc.clone(), W_dec.clone(), torch.empty(D_SAE, D_IN, dtype=torch.bfloat16))
     moments = tuple(torch.zeros(D_SAE, D_IN) for _ in range(4))
-    coarse = compiled.Coarse.of(W_enc)
+    coarse = compiled.Coarse.of(W_enc, "vnni")
     b, fired, through = compiled.step_features(
         x, b_dec, results[1][1], prefixes, weights, coarse, moments, (0.01, 1e-9, 1.0)
     )
@@ -144,25 +188,26 @@ def test_compiled_products_equal_torchs(prefixes: list[int]) -> None:
     torch.testing.assert_close(weights[0], W_enc - step)
 
 
-def test_a_step_and_a_fresh_start_round_the_weights_alike() -> None:
+@pytest.mark.parametrize("kind", ["vnni", "maddubs"])
+def test_a_step_and_a_fresh_start_round_the_weights_alike(kind: str) -> None:
     d_in, d_sae = 512, 1024
     x, W = torch.randn(64, d_in, generator=generator(1)), torch.randn(d_sae, d_in, generator=generator(2))
     codes = kernels.select_topk(x, W, torch.zeros(d_sae), 5)
     fit = compiled.reconstruct(x, normalize(W, dim=1), torch.zeros(d_in), codes, [d_sae], 0.01)
-    weights, coarse = (W.clone(), normalize(W, dim=1), W.bfloat16()), compiled.Coarse.of(W)
+    weights, coarse = (W.clone(), normalize(W, dim=1), W.bfloat16()), compiled.Coarse.of(W, kind)
     moments = tuple(torch.zeros(d_sae, d_in) for _ in range(4))
     compiled.step_features(
         x, torch.zeros(d_in), [Part(codes, fit)], [d_sae], weights, coarse, moments, (0.01, 1e-9, 1.0)
     )
-    again = compiled.Coarse.of(weights[0])
+    again = compiled.Coarse.of(weights[0], kind)
     assert torch.equal(coarse.rows, again.rows)
     assert torch.equal(coarse.scales, again.scales)
 
 
-def test_a_feature_rounded_more_coarsely_than_others_is_not_overlooked() -> None:
+def test_a_feature_rounded_more_coarsely_than_others_is_not_overlooked(product: str) -> None:
     x, W = (torch.randn(n, 64, generator=generator(n)) for n in (500, 4096))
     x[:, 3], W[::50, 3] = 0.01 * x[:, 3], 300  # a weight that takes int8's range and that the rows hardly use
     low, zero = W.bfloat16(), torch.zeros(4096)
-    codes, _ = compiled.screened_topk(x, low, compiled.Coarse.of(W), zero, torch.zeros(64), 40)
+    codes, _ = compiled.screened_topk(x, low, compiled.Coarse.of(W, product), zero, torch.zeros(64), 40)
     pre, whole = x @ low.float().T, kernels.select_topk(x, low.float(), zero, 40)
     torch.testing.assert_close(dense_codes(pre, codes), dense_codes(pre, whole), rtol=1e-4, atol=1e-3)
