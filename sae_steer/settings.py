@@ -135,7 +135,7 @@ class SAESettings(Checked):
     """How a dictionary is learned (Gao et al. 2024, 2406.04093)."""
 
     architecture: str = "topk"
-    """`topk`, `batchtopk`, `matryoshka`, `jumprelu`; the last three are stored as jumprelu."""
+    """A rule of `sae.rules` and what is set of its knobs: `topk`, `jumprelu,bandwidth=0.2`; or `saelens:NAME`."""
     d_sae: Count = 4096
     k: Count = 40
     """Active features a row: exactly with TopK, on average with the others."""
@@ -163,12 +163,6 @@ class SAESettings(Checked):
     have mean square d_in. 0 for never."""
     raise_after_rows: Count = 10_000
     """A feature silent for so many rows is raised until it fires again."""
-    prefixes: tuple[PositiveShare, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
-    """Matryoshka: the shares of the features that must reconstruct the rows by themselves."""
-    bandwidth: Positive = 0.1
-    """JumpReLU: how near its threshold, on rows of mean square d_in, a code moves it."""
-    sparsity: AtLeastZero = 1.0
-    """JumpReLU: the weight of (L0 / k - 1)^2 beside the unexplained share of variance."""
     checkpoint_every: Count = 200
     """Steps between checkpoints: what a kill can cost."""
     precision: str = AUTO

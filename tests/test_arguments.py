@@ -147,7 +147,6 @@ def test_every_number_of_the_settings_has_a_range_and_refuses_nan_and_what_is_be
         (page.SAESettings, "lr", 0),
         (page.SAESettings, "lr", math.nan),
         (page.SAESettings, "warmup", -0.1),
-        (page.SAESettings, "prefixes", (0.5, 2.0)),
         (page.PairTrainingSettings, "init", "seperate"),
         (page.PairTrainingSettings, "lr", -1e-3),
     ],

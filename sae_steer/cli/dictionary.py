@@ -20,6 +20,7 @@ from sae_steer.cli.options import (
     say_precision,
 )
 from sae_steer.errors import visible
+from sae_steer.sae.rules import RULES
 from sae_steer.settings import SAESettings
 
 
@@ -33,7 +34,7 @@ from sae_steer.settings import SAESettings
     help="The model whose stream is learned; repeat for more.  [default: target]",
 )
 @click.option(
-    "--arch", default=SAESettings.architecture, help="topk, batchtopk, matryoshka, jumprelu, or saelens:NAME."
+    "--arch", default=SAESettings.architecture, help=f"{', '.join(RULES)}, or saelens:NAME; knobs as in NAME,KNOB=1."
 )
 @click.option(
     "--k", "ks", multiple=True, default=[SAESettings.k], type=COUNT, help="Active features a row; may repeat."

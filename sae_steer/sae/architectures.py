@@ -21,9 +21,6 @@ from sae_steer.errors import InputError
 from sae_steer.sae.codes import SparseCodes
 from sae_steer.sae.origin import Origin
 
-ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "jumprelu")
-"""What this package learns on its own kernels."""
-
 SLAB = 1024
 """Rows whose pre-activations exist at once: 8 MB at d_sae 4096 stay in cache (45 ms a batch against 54)."""
 

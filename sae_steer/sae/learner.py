@@ -1,10 +1,10 @@
 """One dictionary while it is learned: its weights, Adam's moments, its counters, and one step.
 
 A step, for rows x of mean zero and mean square d_in:
-1. Choose the codes: TopK, the k largest of each row; BatchTopK and Matryoshka, the rows x k largest of the batch;
-   JumpReLU, those above their feature's threshold. On a CPU that is fast at int8, TopK's are looked for among the
-   largest of an int8 product and decided in float32 (`compiled.screened_topk`).
-2. Reconstruct, for Matryoshka by each prefix of the features, and take the slope of the loss along each code.
+1. Choose the codes as the dictionary's rule says (`rules`). On a CPU that is fast at int8, those of a rule that
+   looks at each row alone are looked for among the largest of an int8 product and decided in float32
+   (`compiled.screened_topk`).
+2. Reconstruct, by each prefix of the features that the rule names, and take the slope of the loss along each code.
 3. Let the `aux_k` strongest of the dead features reconstruct the error that is left (Gao et al. 2024, A.2). Which
    features are dead is looked up every `LOOK_EVERY` steps, so that no other step waits for the device.
 4. Adam on all weights; the decoder's gradient has no part along its rows, which stay at norm one.
@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sae_steer.randomness import Stream, generator
-from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, TopKConfig, TopKSAE
+from sae_steer.sae.architectures import LinearSAE
 from sae_steer.sae.kernels import portable as kernels
 from sae_steer.sae.kernels.cuda_graph import Captured
-from sae_steer.sae.kernels.portable import FeatureGradients, Part, RowCodes
+from sae_steer.sae.kernels.portable import FeatureGradients, Part
+from sae_steer.sae.rules import rule_of
+from sae_steer.sae.rules.rule import Batch, Chosen, Rule
 from sae_steer.settings import SAESettings
 from sae_steer.world import World
 
@@ -42,7 +44,6 @@ LOOK_EVERY = 10
 _BETAS = (0.9, 0.999)
 _ADAM_EPS = 6.25e-10  # Gao et al., appendix A.3: gradients of a mean over 4096 rows are small
 _WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-_THRESHOLD_MEMORY = 0.99
 
 
 @dataclass
@@ -50,12 +51,13 @@ class Learner:
     """The state of one dictionary, on rows of mean zero and mean square d_in; `W_enc` by rows, as its transpose."""
 
     settings: SAESettings
+    rule: Rule
     W_enc: Float[Tensor, "d_sae d_in"]
     W_dec: Float[Tensor, "d_sae d_in"]
     b_enc: Float[Tensor, " d_sae"]
     b_dec: Float[Tensor, " d_in"]
     threshold: Float[Tensor, " d_sae"]
-    """JumpReLU's; with BatchTopK the running mean of each batch's least code, the same for all; with TopK unused."""
+    """What a code of each feature must exceed, where the rule has such a thing."""
     silent_rows: Int[Tensor, " d_sae"]
     """Rows read since each feature last fired."""
     precision: torch.dtype
@@ -95,10 +97,7 @@ class Learner:
     @property
     def prefixes(self) -> list[int]:
         """How many features each reconstruction of the loss reads."""
-        d_sae = len(self.W_enc)
-        if self.settings.architecture != "matryoshka":
-            return [d_sae]
-        return sorted({max(1, round(share * d_sae)) for share in self.settings.prefixes} | {d_sae})
+        return self.rule.prefixes(len(self.W_enc))
 
     def refresh(self) -> None:
         """Renew what is derived from the weights, after they were copied in."""
@@ -122,11 +121,8 @@ class Learner:
 
     def exported(self, mean: Float[Tensor, " d_in"], scale: float) -> LinearSAE:
         """The dictionary for raw rows, mean and scale folded into its weights."""
-        shape = {"d_in": self.W_enc.shape[1], "d_sae": len(self.W_enc)}
-        if self.settings.architecture == "topk":
-            sae = TopKSAE(TopKConfig(**shape, k=self.settings.k))
-        else:
-            sae = JumpReLUSAE(JumpReLUConfig(**shape))
+        d_sae, d_in = self.W_enc.shape
+        sae = self.rule.stored(d_in, d_sae, self.settings.k)
         weights = {name: getattr(self, name) for name in ("W_dec", "b_enc", "b_dec", "threshold")}
         known = sae.state_dict()
         sae.load_state_dict({"W_enc": self.W_enc.T} | {name: w for name, w in weights.items() if name in known})
@@ -149,10 +145,11 @@ def new_learner(first: Float[Tensor, "row d_in"], settings: SAESettings, world: 
     guess = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu()) @ W_dec
     W_enc = W_dec * ((sample * guess).sum() / guess.square().sum())
     floor = (top.values[:, -1] * (sample * guess).sum() / guess.square().sum()).mean().clamp_min(0)
-    device = world.device
-    may_screen = device.type == "cpu" and world.size == 1 and settings.architecture == "topk"
+    device, rule = world.device, rule_of(settings.architecture)
+    may_screen = device.type == "cpu" and world.size == 1 and rule.row_alone
     return Learner(
         settings=settings,
+        rule=rule,
         W_enc=W_enc.to(device),
         W_dec=W_dec.to(device),
         b_enc=torch.zeros(d_sae, device=device),
@@ -176,8 +173,7 @@ def step(learner: Learner, x: Float[Tensor, "row d_in"], k: int, lr: float, worl
     if learner.dead is None or x.device.type == "cpu" or learner.updates % LOOK_EVERY == 0:
         dead_for = learner.silent_rows > learner.settings.dead_after_rows
         learner.dead = dead_for.nonzero()[:, 0] if learner.settings.aux_coefficient else dead_for[:0].long()
-    settings = learner.settings
-    plain = settings.architecture == "topk" and k == settings.k and not len(learner.dead)
+    plain = learner.rule.row_alone and k == learner.settings.k and not len(learner.dead)
     if x.is_cuda and world.size == 1 and plain:
         if learner.graph is None:
             learner.graph = Captured.of(lambda rows: _measure(learner, rows, k, world), x)
@@ -194,7 +190,7 @@ class Measured:
 
     parts: list[Part]
     threshold: Float[Tensor, " d_sae"] | None
-    """The gradient to the thresholds of JumpReLU."""
+    """The gradient to the thresholds, where the rule has one."""
     gradients: FeatureGradients | None
     """Those of the features, unless the engine makes them when it updates."""
 
@@ -204,12 +200,13 @@ def _measure(learner: Learner, x: Tensor, k: int, world: World) -> Measured:
     """Codes, reconstruction and gradients of a batch."""
     engine = _engine(x, world)
     rows, d_in = len(x) * world.size, x.shape[1]
-    codes, near = _choose(learner, x, k, engine, world)
+    chosen = _choose(learner, x, k, engine, world)
     prefixes = learner.prefixes
     scale = 2 / (rows * d_in * len(prefixes))
-    fit = engine.reconstruct(x, learner.W_dec, learner.b_dec, codes, prefixes, scale)
-    threshold = None if near is None else _threshold_gradient(learner, codes, near, fit.errors[0], rows, world)
-    parts, found = [Part(codes, fit)], None
+    fit = engine.reconstruct(x, learner.W_dec, learner.b_dec, chosen.codes, prefixes, scale)
+    pull = chosen.threshold_gradient
+    threshold = None if pull is None else pull(fit.errors[0], learner.W_dec)
+    parts, found = [Part(chosen.codes, fit)], None
     if len(learner.dead):
         parts.append(_revival(learner, x, -fit.errors[-1] / scale, engine, world))
     if engine is kernels:
@@ -231,45 +228,27 @@ def _compiled():
     return compiled
 
 
-def _choose(learner: Learner, x: Tensor, k: int, engine, world: World):
-    """The codes of the step, and JumpReLU's codes near their thresholds."""
-    architecture = learner.settings.architecture
+def _choose(learner: Learner, x: Tensor, k: int, engine, world: World) -> Chosen:
+    """The codes of the step."""
     W = learner.low if len(learner.low) else learner.W_enc
     if learner.screens and k == learner.settings.k:
         codes, unsure = engine.screened_topk(x, W, learner.coarse, learner.b_enc, learner.b_dec, k)
         learner.count_unsure(len(x), unsure)
-        return codes, None
-    x, bias = x.to(W.dtype), (learner.b_enc - learner.W_enc @ learner.b_dec).to(W.dtype)
-    if architecture == "topk":
-        return engine.select_topk(x, W, bias, k), None
-    if architecture == "jumprelu":
-        near = engine.select_above(x, W, bias, learner.threshold - learner.settings.bandwidth / 2)
-        fires = near.values > learner.threshold[near.indices.long()]
-        return near.with_values(near.values * fires), near
-    wanted, floor = k * len(x) * world.size, 0.5 * learner.threshold
-    while True:
-        candidates = engine.select_above(x, W, bias, floor)
-        found = world.sum_(candidates.counts.sum())
-        if int(found) >= wanted or not bool(floor.any()):
-            break
-        floor = torch.zeros_like(floor)
-    least = kernels.nth_largest(candidates.values, wanted, world)
-    memory = _THRESHOLD_MEMORY if learner.updates else 0.0
-    learner.threshold.mul_(memory).add_((1 - memory) * least)
-    return engine.at_least(candidates, least), None
-
-
-def _threshold_gradient(learner: Learner, codes: RowCodes, near: RowCodes, errors: Tensor, rows: int, world: World):
-    """d loss / d threshold by the rectangle kernel (2407.14435, eq. 11 and 12); L0 is drawn to k (its appendix E)."""
-    settings, width = learner.settings, learner.settings.bandwidth
-    indices = near.indices.long()
-    threshold = learner.threshold[indices]
-    inside = ((near.values - threshold).abs() < width / 2) & (near.values > 0)
-    l0 = world.sum_((codes.values > 0).sum().float()) / rows
-    pull = settings.sparsity * 2 * (l0 / settings.k - 1) / (settings.k * rows)
-    slopes = kernels.selected_dots(errors, learner.W_dec, indices)
-    change = -(threshold * slopes + pull) * inside / width
-    return kernels.sums_by_feature(near.indices, change, len(learner.threshold))
+        return Chosen(codes)
+    bias = learner.b_enc - learner.W_enc @ learner.b_dec
+    return learner.rule.choose(
+        Batch(
+            x=x.to(W.dtype),
+            W=W,
+            bias=bias.to(W.dtype),
+            k=k,
+            final_k=learner.settings.k,
+            threshold=learner.threshold,
+            is_first=not learner.updates,
+            engine=engine,
+            world=world,
+        )
+    )
 
 
 def _revival(learner: Learner, x: Tensor, error: Tensor, engine, world: World) -> Part:

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from sae_steer.errors import InputError, NotFiniteError
 from sae_steer.row_filter import LONG
-from sae_steer.sae.architectures import ARCHITECTURES, SparseDictionary
+from sae_steer.sae.architectures import SparseDictionary
 from sae_steer.sae.checkpoint import TrainingState, interrupts_held, last_good
 from sae_steer.sae.learner import new_learner, step
 from sae_steer.sae.log import Log, Quiet, StepFacts
+from sae_steer.sae.rules import rule_of
 from sae_steer.sae.schedule import Plateau, codes_a_row, learning_rate
 from sae_steer.settings import SAESettings
 from sae_steer.world import World, keep_freed_memory
@@ -243,8 +244,7 @@ def _check(jobs: Sequence[Job], world: World) -> None:
     shared = jobs[0].settings
     for job in jobs:
         settings = job.settings
-        if settings.architecture not in ARCHITECTURES:
-            raise InputError(f"no architecture {settings.architecture!r}; choose one of {', '.join(ARCHITECTURES)}")
+        rule_of(settings.architecture)
         if not 1 <= settings.k <= settings.d_sae:
             raise InputError(f"k is {settings.k} and d_sae {settings.d_sae}; a dictionary needs 1 <= k <= d_sae")
         other = [name for name in _SHARED if getattr(settings, name) != getattr(shared, name)]

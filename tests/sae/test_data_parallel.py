@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import sae_steer
 from sae_steer.sae import learner
-from sae_steer.sae.architectures import ARCHITECTURES
+from sae_steer.sae.rules import RULES
 from sae_steer.sae.training import Job, train, train_dictionary
 from sae_steer.settings import SAESettings
 from sae_steer.world import World
@@ -37,7 +37,7 @@ with joined(precision="float32", device="cpu") as world:
 
 
 def test_two_processes_learn_what_one_learns(planted, short: SAESettings, world: World, tmp_path: Path) -> None:
-    settings = [replace(short, architecture=architecture) for architecture in ARCHITECTURES]
+    settings = [replace(short, architecture=architecture) for architecture in RULES]
     script, out = tmp_path / "two.py", tmp_path / "two.safetensors"
     script.write_text(TWO.format(tests=str(Path(__file__).parent), settings=settings, out=str(out)))
     root = Path(sae_steer.__file__).parents[1]
@@ -56,7 +56,7 @@ def on_a_gpu(test):
 
 
 @on_a_gpu
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", RULES)
 def test_a_gpu_learns_what_a_cpu_learns(
     architecture: str, planted, short: SAESettings, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +69,7 @@ def test_a_gpu_learns_what_a_cpu_learns(
 
 
 @on_a_gpu
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", RULES)
 def test_on_a_gpu_too_the_same_seed_gives_the_same_bytes(architecture: str, planted, short: SAESettings) -> None:
     settings, low = replace(short, architecture=architecture, precision="bfloat16"), World.local(device="cuda")
     first, again = (train_dictionary(planted, settings, world=low).sae.state_dict() for _ in range(2))

@@ -16,9 +16,10 @@ import sae_steer
 from sae_steer.errors import StaleError, SteerError
 from sae_steer.files import read_tensors
 from sae_steer.sae import learner
-from sae_steer.sae.architectures import ARCHITECTURES, LinearSAE, TopKSAE
+from sae_steer.sae.architectures import LinearSAE, TopKSAE
 from sae_steer.sae.kernels import cpu as compiled
 from sae_steer.sae.log import Quiet, StepFacts
+from sae_steer.sae.rules import RULES
 from sae_steer.sae.training import Job, Training, train_dictionary
 from sae_steer.settings import SAESettings
 from sae_steer.world import World
@@ -54,7 +55,7 @@ def uninterrupted(planted, short: SAESettings, world: World) -> TopKSAE:
     return train_dictionary(planted, short, world=world).sae
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=RULES)
 def each(request, planted, short: SAESettings, world: World) -> tuple[SAESettings, LinearSAE]:
     """The settings of an architecture whose k falls during the run, and the dictionary of a run that was left alone."""
     settings = replace(short, architecture=request.param, k_warmup=0.6, patience=10**6)
