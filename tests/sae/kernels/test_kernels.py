@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from sae_steer.capability import capability
+from sae_steer.capability import Capability, assumed, capability
 from sae_steer.randomness import generator
 from sae_steer.sae.architectures import SLAB
 from sae_steer.sae.kernels import cpu as compiled
@@ -102,6 +102,23 @@ def test_selection_in_float32_is_torchs(rows: int, d_sae: int, k: int) -> None:
     expected = torch.zeros_like(pre).scatter(1, top.indices, top.values.relu())
     torch.testing.assert_close(dense_codes(pre, codes), expected)
     assert torch.equal(codes.counts, (top.values > 0).sum(1).int())
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [
+        ({"avx2", "avx512", "avx512_vnni"}, "vnni"),
+        ({"avx2", "avx_vnni"}, "vnni"),
+        ({"avx2", "avx512"}, "maddubs"),
+        ({"avx2"}, "maddubs"),
+        ({"neon", "arm_i8mm"}, None),
+        (set(), None),
+    ],
+)
+def test_the_product_in_int8_is_one_this_processor_makes_exactly(instructions: set[str], expected: str | None) -> None:
+    with assumed(Capability(frozenset(instructions))):
+        assert compiled.int8_product() == expected
+        assert compiled.screening_pays(4096, 40) == (expected is not None)
 
 
 @pytest.mark.parametrize(("rows", "d_in", "d_sae"), [(1, 8, 32), (5, 13, 37), (64, 512, 96)])
