@@ -124,8 +124,8 @@ class Learner:
         d_sae, d_in = self.W_enc.shape
         sae = self.rule.stored(d_in, d_sae, self.settings.k)
         weights = {name: getattr(self, name) for name in ("W_dec", "b_enc", "b_dec", "threshold")}
-        known = sae.state_dict()
-        sae.load_state_dict({"W_enc": self.W_enc.T} | {name: w for name, w in weights.items() if name in known})
+        stored = sae.state_dict()
+        sae.load_state_dict({"W_enc": self.W_enc.T} | {name: w for name, w in weights.items() if name in stored})
         sae = sae.scaled(scale)
         sae.b_dec.data += mean.to(sae.b_dec)
         return sae
@@ -177,11 +177,11 @@ def step(learner: Learner, x: Float[Tensor, "row d_in"], k: int, lr: float, worl
     if x.is_cuda and world.size == 1 and plain:
         if learner.graph is None:
             learner.graph = Captured.of(lambda rows: _measure(learner, rows, k, world), x)
-        found = learner.graph(x)
+        measured = learner.graph(x)
     else:
-        found = _measure(learner, x, k, world)
-    _update(learner, x, found, lr, world)
-    return world.mean(found.parts[0].fit.squared_errors[-1] / x.numel())
+        measured = _measure(learner, x, k, world)
+    _update(learner, x, measured, lr, world)
+    return world.mean(measured.parts[0].fit.squared_errors[-1] / x.numel())
 
 
 @dataclass(frozen=True)
@@ -206,12 +206,13 @@ def _measure(learner: Learner, x: Tensor, k: int, world: World) -> Measured:
     fit = engine.reconstruct(x, learner.W_dec, learner.b_dec, chosen.codes, prefixes, scale)
     pull = chosen.threshold_gradient
     threshold = None if pull is None else pull(fit.errors[0], learner.W_dec)
-    parts, found = [Part(chosen.codes, fit)], None
+    parts = [Part(chosen.codes, fit)]
     if len(learner.dead):
         parts.append(_revival(learner, x, -fit.errors[-1] / scale, engine, world))
-    if engine is kernels:
-        found = kernels.feature_gradients(x, learner.b_dec, parts, prefixes, len(learner.W_enc))
-    return Measured(parts, threshold, found)
+    if engine is not kernels:
+        return Measured(parts, threshold, None)
+    gradients = kernels.feature_gradients(x, learner.b_dec, parts, prefixes, len(learner.W_enc))
+    return Measured(parts, threshold, gradients)
 
 
 def _engine(x: Tensor, world: World):
@@ -266,29 +267,35 @@ def _revival(learner: Learner, x: Tensor, error: Tensor, engine, world: World) -
     return Part(codes, fit, dead)
 
 
-def _update(learner: Learner, x: Tensor, found: Measured, lr: float, world: World) -> None:
+def _update(learner: Learner, x: Tensor, measured: Measured, lr: float, world: World) -> None:
+    # Adam's moments start at zero; what they lack of their means is made up for in the rates
     learner.updates += 1
     fix = [1 - beta**learner.updates for beta in _BETAS]
     rates = (lr / fix[0], _ADAM_EPS, 1 / math.sqrt(fix[1]))
-    b_dec = found.parts[0].fit.errors[0].sum(0)
-    gradients = {} if found.threshold is None else {"threshold": world.sum_(found.threshold)}
-    if made := found.gradients:
-        for gradient in (made.W_enc, made.W_dec, made.b_enc, made.fired, b_dec):
+    b_dec = measured.parts[0].fit.errors[0].sum(0)
+    gradients = {} if measured.threshold is None else {"threshold": world.sum_(measured.threshold)}
+    if by_feature := measured.gradients:
+        # the decoder's gradient across its rows alone: along them it would only be undone
+        for gradient in (by_feature.W_enc, by_feature.W_dec, by_feature.b_enc, by_feature.fired, b_dec):
             world.sum_(gradient)
-        b_enc, fired, through, W_dec = made.b_enc, made.fired, made.b_enc @ learner.W_enc, learner.W_dec
-        across = made.W_dec - (made.W_dec * W_dec).sum(1, keepdim=True) * W_dec
-        gradients |= {"W_enc": made.W_enc, "W_dec": across}
+        b_enc, fired = by_feature.b_enc, by_feature.fired
+        through, W_dec = b_enc @ learner.W_enc, learner.W_dec
+        across = by_feature.W_dec - (by_feature.W_dec * W_dec).sum(1, keepdim=True) * W_dec
+        gradients |= {"W_enc": by_feature.W_enc, "W_dec": across}
     else:
+        # the compiled kernels update each feature while its gradients are in cache
         moments = tuple(kept[name] for name in ("W_enc", "W_dec") for kept in (learner.first, learner.second))
         weights = (learner.W_enc, learner.W_dec, learner.low)
         b_enc, fired, through = _engine(x, world).step_features(
-            x, learner.b_dec, found.parts, learner.prefixes, weights, learner.coarse, moments, rates
+            x, learner.b_dec, measured.parts, learner.prefixes, weights, learner.coarse, moments, rates
         )
+    # x - b_dec enters the encoder: what its biases are drawn by, b_dec is drawn by the other way
     _adam(learner, gradients | {"b_enc": b_enc, "b_dec": b_dec - through}, rates)
     if "W_dec" in gradients:
         learner.W_dec.copy_(normalize(learner.W_dec, dim=1))
         learner.round_weights()
     learner.threshold.clamp_min_(0)
+    # features that stay silent are raised, less as the rate decays
     learner.silent_rows = (learner.silent_rows + len(x) * world.size).masked_fill_(fired > 0, 0)
     settings = learner.settings
     lift = settings.raise_silent * lr / settings.peak_lr
@@ -298,13 +305,13 @@ def _update(learner: Learner, x: Tensor, found: Measured, lr: float, world: Worl
 def _adam(learner: Learner, gradients: dict[str, Tensor], rates: tuple[float, float, float]) -> None:
     """Adam as in `loops`: the step's length and the second moment corrected for their start at zero."""
     length, eps, correction = rates
-    found = list(gradients.values())
+    slopes = list(gradients.values())
     weights, first, second = (
         [kept[name] for name in gradients] for kept in (vars(learner), learner.first, learner.second)
     )
-    torch._foreach_lerp_(first, found, 1 - _BETAS[0])
+    torch._foreach_lerp_(first, slopes, 1 - _BETAS[0])
     torch._foreach_mul_(second, _BETAS[1])
-    torch._foreach_addcmul_(second, found, found, value=1 - _BETAS[1])
+    torch._foreach_addcmul_(second, slopes, slopes, value=1 - _BETAS[1])
     roots = torch._foreach_sqrt(second)
     torch._foreach_mul_(roots, correction)
     torch._foreach_add_(roots, eps)

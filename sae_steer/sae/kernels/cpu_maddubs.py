@@ -42,9 +42,8 @@ _SUMS = ir.VectorType(ir.IntType(32), 8)
 @intrinsic
 def _tile(typingctx, rows, row_bytes, panel, chunks, begin, products, product_bytes):
     """Write two rows' products with a panel, `begin` added; arguments are addresses, lengths and strides in bytes."""
-    signature = types.void(
-        types.uintp, types.intp, types.uintp, types.intp, types.uintp, types.uintp, types.intp
-    )  # fmt: skip
+    address, length = types.uintp, types.intp
+    signature = types.void(address, length, address, length, address, address, length)
     return signature, _tile_code
 
 
@@ -128,8 +127,8 @@ def pack(start, stop, rows, weights, begin):
 def room(rows: int, d_in: int, d_sae: int) -> tuple[UInt8[np.ndarray, "row dim"], Int32[np.ndarray, "row feature"]]:
     """Rows of zeros, and room for their products, both as wide and as long as tiles need."""
     length = -(-rows // TILE_ROWS) * TILE_ROWS
-    given = np.full((length, -(-d_in // DEPTH) * DEPTH), ZERO, np.uint8)
-    return given, np.empty((length, -(-d_sae // PANEL) * PANEL), np.int32)
+    signless = np.full((length, -(-d_in // DEPTH) * DEPTH), ZERO, np.uint8)
+    return signless, np.empty((length, -(-d_sae // PANEL) * PANEL), np.int32)
 
 
 @loop()

@@ -15,28 +15,29 @@ Made = TypeVar("Made")
 class Captured(Generic[Made]):
     """A function of a batch as a CUDA graph: a hundred launches become one."""
 
-    given: Float[Tensor, "row d_in"]
+    rows: Float[Tensor, "row d_in"]
+    """Where each replay finds its batch."""
     graph: torch.cuda.CUDAGraph
-    made: Made
+    result: Made
     """Where each replay leaves its result."""
 
     @classmethod
     def of(cls, function: Callable[[Tensor], Made], x: Float[Tensor, "row d_in"]) -> "Captured[Made]":
         """`function` must not wait for the device, and read what changes where it lies."""
         with torch.cuda.device(x.device):
-            given, aside, graph = x.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+            rows, aside, graph = x.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):  # libraries set themselves up in their first calls
-                function(given)
+                function(rows)
             torch.cuda.current_stream().wait_stream(aside)
             # thread_local: another thread reads the next batch meanwhile
             with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                made = function(given)
-        return cls(given, graph, made)
+                result = function(rows)
+        return cls(rows, graph, result)
 
     def __call__(self, x: Float[Tensor, "row d_in"]) -> Made:
         """The function of `x`, until the next call."""
         with torch.cuda.device(x.device):
-            self.given.copy_(x)
+            self.rows.copy_(x)
             self.graph.replay()
-        return self.made
+        return self.result

@@ -11,7 +11,12 @@ from sae_steer.errors import InputError
 if TYPE_CHECKING:
     from sae_steer.sae.rules.rule import Rule
 
-RULES = {"topk": "TopK", "batchtopk": "BatchTopK", "matryoshka": "Matryoshka", "jumprelu": "JumpReLU"}
+RULES = {
+    "topk": "TopK",
+    "batchtopk": "BatchTopK",
+    "matryoshka": "Matryoshka",
+    "jumprelu": "JumpReLU",
+}
 """{what `--arch` calls it, as does its file: its class}"""
 
 

@@ -128,10 +128,11 @@ def test_a_product_of_seven_bits_is_exact_at_its_largest(rows: int, d_in: int, d
     ends = np.array([-maddubs.LEVELS, maddubs.LEVELS], np.int8)
     x, W = (ends[torch.randint(2, (n, d_in), generator=generator(n)).numpy()] for n in (rows, d_sae))
     x[0], W[0], W[-1] = maddubs.LEVELS, maddubs.LEVELS, -maddubs.LEVELS  # as far as a sum can go, either way
-    panels, (given, products) = maddubs.Panels.empty(d_sae, d_in), maddubs.room(rows, d_in, d_sae)
+    panels = maddubs.Panels.empty(d_sae, d_in)
+    signless, products = maddubs.room(rows, d_in, d_sae)
     maddubs.pack(0, len(panels.weights), W, panels.weights, panels.begin)
-    given[:rows, :d_in] = x + np.int8(maddubs.ZERO)
-    maddubs.multiply(given, panels.weights, panels.begin, products)
+    signless[:rows, :d_in] = x + np.int8(maddubs.ZERO)
+    maddubs.multiply(signless, panels.weights, panels.begin, products)
     assert np.array_equal(products[:rows, :d_sae], x.astype(np.int64) @ W.T.astype(np.int64))
 
 
