@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from sae_steer.cache import ActivationCache
 from sae_steer.errors import InputError
@@ -11,10 +12,11 @@ from sae_steer.pair.model_pair import NamedModel, load_pair
 from sae_steer.pair.texts import TextFile, count_texts
 from sae_steer.records import read_json
 from sae_steer.row_filter import LeftOut
-from sae_steer.sae.saelens.files import identity, load_sae, read_metadata
+from sae_steer.sae.saelens.files import CONFIG_FILE, identity, load_sae, read_metadata
 from sae_steer.sae.stability import RECORD_FILE as STABILITY_FILE
 from sae_steer.sae.stability import load_stability
 from sae_steer.settings import SplitShares
+from sae_steer.shapes import Count, Name, Provenance, conform
 
 
 def describe(path: Path) -> tuple[str, bool]:
@@ -117,12 +119,34 @@ def _cache(path: Path) -> tuple[str, bool]:
     return "\n".join([head, *told, *(wrong or ["  every checksum is right"])]), not wrong
 
 
+class Shown(TypedDict):
+    """What is said of a dictionary of ours."""
+
+    model: Name
+    layer: Count
+    final_fve: float
+    final_l0: float
+    dead_pct_heldout: float
+    rows_left_out: NotRequired["BySplit"]
+    fve_onsets: NotRequired[float | None]
+    fve_all_rows: NotRequired[float]
+    onset_rows: NotRequired[Count]
+
+
+class BySplit(TypedDict):
+    """Rows left out of a dictionary's figures."""
+
+    train: LeftOut
+    heldout: LeftOut
+
+
 def _dictionary(path: Path) -> tuple[str, bool]:
     config, record = load_sae(path).config, read_metadata(path)
     k = f", k {config.k}" if hasattr(config, "k") else ""
     shape = f"{config.d_in} -> {config.d_sae}{k}"
     if "final_fve" not in record:
         return f"{config.architecture} dictionary made elsewhere: {shape}", True
+    conform(record, Shown, f"metadata.sae_steer in {path / CONFIG_FILE}")
     told = (
         f"{config.architecture} dictionary {record['model']}_L{record['layer']}_hook_resid_post: {shape}, "
         f"held-out FVE {record['final_fve']:.4f}, L0 {record['final_l0']:.1f}, "
@@ -163,9 +187,10 @@ def _record(path: Path) -> str:
     origin = record.get("provenance") if isinstance(record, dict) else None
     if not origin:
         raise InputError(f"{path} is JSON without a provenance: no record of this package")
+    conform(origin, Provenance, f"the provenance in {path}")
     return "\n".join(
         [
-            f"record made by sae-steer {origin['sae_steer']} at commit {origin['commit'] or 'unknown'}",
+            f"record made by sae-steer {origin['sae_steer']} at commit {origin.get('commit') or 'unknown'}",
             f"  settings {json.dumps(origin['settings'])}",
             f"  inputs {json.dumps(origin['inputs'])}",
         ]

@@ -6,7 +6,7 @@ where they differ. Keys a type does not name are let through: a later version ma
 
 import math
 import re
-from dataclasses import dataclass, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -112,8 +112,11 @@ def _object(value: Any, kind: Any, where: str) -> None:
 
 
 def _settings(value: Any, kind: Any, where: str) -> None:
-    """The fields of a dataclass, all of which may be missing, and nothing else: it is called with them."""
+    """The fields of a dataclass, those without a default all there, and nothing else: it is called with them."""
     _is_a(value, dict, "an object", where)
+    for part in fields(kind):
+        if part.name not in value and part.default is MISSING and part.default_factory is MISSING:
+            raise InputError(f"{where} lacks {part.name!r}")
     parts = get_type_hints(kind)
     for key, part in value.items():
         if key not in parts:

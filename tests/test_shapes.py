@@ -14,6 +14,12 @@ class Criteria:
     rate: float = 0.1
 
 
+@dataclass(frozen=True)
+class Counted:
+    rows: int
+    long: int = 0
+
+
 class Line(TypedDict):
     file: Annotated[str, Matches(r"shard-\d+", "a shard's name")]
     rows: Count
@@ -26,6 +32,7 @@ class Record(TypedDict):
     share: float | None
     of: dict[Name, Hash]
     criteria: Criteria
+    counted: NotRequired[Counted]
     rest: NotRequired[Any]
 
 
@@ -60,6 +67,7 @@ def test_what_is_right_passes():
         ({"of": {"a": "0" * 63}}, "not a SHA-256"),
         ({"criteria": {"ratio": 1}}, "here.criteria has 'ratio', which is none of rate"),
         ({"criteria": {"rate": None}}, "here.criteria.rate is None, not a finite number"),
+        ({"counted": {"long": 1}}, "here.counted lacks 'rows'"),
         ({"criteria": []}, "here.criteria is [], not an object"),
     ],
 )
