@@ -1,5 +1,6 @@
 """The whole study, its page, and what a path holds."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def report(pair, run_folder, force) -> None:
     """
     from sae_steer.report.page import write_report
 
-    click.echo(write_report(run_folder or Path("runs", Path(pair).resolve().name), force=force))
+    click.echo(write_report(run_folder or Path("runs", Path(os.path.abspath(pair)).name), force=force))
 
 
 @main.command()

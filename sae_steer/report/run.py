@@ -1,5 +1,6 @@
 """What a run folder holds: the records its commands wrote, read once; any of them may be missing."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class RunRecords:
         run, table, atlas = Path(run), Path(run) / "scan" / "features.parquet", Path(run) / "intervene" / "atlas"
         scanned, mapped = _read(run / "scan" / "feature_diff.json", SCAN), _read(atlas / "atlas.json", ATLAS)
         found = cls(
-            name=run.resolve().name,
+            name=Path(os.path.abspath(run)).name,
             dictionaries=tuple(
                 DictionaryRecord(path.parent.name, _read(path, TRAINING), _identity(path.parent))
                 for path in sorted(run.glob("saes/*/training.json"))
