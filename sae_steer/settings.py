@@ -277,24 +277,33 @@ class InterveneSettings(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class AtlasSettings(Checked):
-    """How `intervene --all-specific` reads many features at once; what it shares with one study has the same name."""
+    """How `intervene --all-specific` reads many features at once.
+
+    What it shares with a study of one feature (`InterveneSettings`) has the same name and means the same.
+    """
 
     upstream: Count = InterveneSettings.upstream
+    """Layers below the dictionary's at which the upstream variant injects."""
     prompts: Count = InterveneSettings.prompts
+    """Confirm-split texts at most."""
     onsets_per_prompt: Count = InterveneSettings.onsets_per_prompt
+    """Onsets drawn from each text, each edited alone."""
     bound_share: PositiveShare = InterveneSettings.bound_share
+    """The bound, as a share of the gap between the models at the same onsets."""
     bound_cap: Positive = InterveneSettings.bound_cap
+    """The largest bound, as a probability."""
     bootstrap_draws: Count = InterveneSettings.bootstrap_draws
     min_firings: Some = 10
-    """A feature that fires at fewer of the onsets edited is not tested by ablation."""
+    """Least number of the edited onsets at which a feature must fire to be tested by ablation."""
     null_draws: Count = 9_999
-    """Control directions that each test is ranked among, at least."""
+    """Least number of control directions among which each effect is ranked."""
     null_onsets: Count = 64
-    """Onsets at which they are read, of as many tasks as there are."""
+    """Onsets at which control directions are read, spread over as many tasks as there are."""
     ablation_onsets: Count = 5
-    """Onsets more are read until every feature fires at so many, for the ranks of its ablation."""
+    """Onsets at which a feature fires that its ablation is ranked on at least: more onsets than `null_onsets` are read
+    until every feature has so many, or fires at no other."""
     norms: Count = 2
-    """Lengths at which each control direction is read; between them its effect is interpolated."""
+    """Lengths at which each control direction is read; at any other length its effect is interpolated."""
     max_q: Share = 0.05
     """Largest Benjamini-Hochberg q over all features and variants."""
     seed: Seed = 0

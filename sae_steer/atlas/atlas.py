@@ -64,13 +64,13 @@ class Atlas:
             f"{record['tested']} features at {record['n']} onsets of {record['tasks']} tasks; "
             f"bound {100 * record['bound']['value']:.2f} points"
         ]
-        for found in record["variants"]:
-            tags = ", ".join(f"{count} {tag}" for tag, count in found["tags"].items() if count)
-            error, band = found["estimate"], found["null"]
-            known = "" if error["correlation"] is None else f"; estimate's correlation {error['correlation']:.3f}"
+        for variant in record["variants"]:
+            tags = ", ".join(f"{count} {tag}" for tag, count in variant["tags"].items() if count)
+            error, band = variant["estimate"], variant["null"]
+            correlated = "" if error["correlation"] is None else f"; estimate's correlation {error['correlation']:.3f}"
             lines.append(
-                f"{found['variant']:>12}: {tags}; {found['discoveries']} stand out of {band['draws']} controls "
-                f"(95 % in {100 * band['low']:+.3f} to {100 * band['high']:+.3f} points){known}"
+                f"{variant['variant']:>12}: {tags}; {variant['discoveries']} stand out of {band['draws']} controls "
+                f"(95 % in {100 * band['low']:+.3f} to {100 * band['high']:+.3f} points){correlated}"
             )
         return "\n".join(lines)
 
@@ -175,5 +175,5 @@ def make_atlas(
 def _sized(bench: Bench, features: list[int]) -> dict[int, Direction]:
     """The direction and dose 1 of every feature that fires in the tune texts."""
     assert bench.dictionary is not None
-    found = directions.feature_directions(bench.dictionary, features, *bench.sizing_rows)
-    return {feature: direction for feature, direction in zip(features, found, strict=True) if direction is not None}
+    studied = directions.feature_directions(bench.dictionary, features, *bench.sizing_rows)
+    return {feature: direction for feature, direction in zip(features, studied, strict=True) if direction is not None}

@@ -68,13 +68,18 @@ def draw_pool(
         others: decoder rows of features that may be controls, of length one, and `carried` into the edited stream.
         stream: the edited stream at onsets.
     """
+    # a third are decoder rows, or as many as there are
     chosen = random_numbers(seed, Stream.ATLAS_FEATURES).permutation(len(others))[: count // 3]
-    near = ((tested @ others[torch.from_numpy(chosen).to(others.device)].T).abs() > MAX_COSINE).cpu().numpy()
+    row = torch.from_numpy(chosen)
+    near = ((tested @ others[row.to(others.device)].T).abs() > MAX_COSINE).cpu().numpy()
+    # half of what is left is drawn from the covariance
     covariance = (count - len(chosen)) // 2
-    rest = count - len(chosen) - covariance + int(near.sum(axis=1).max(initial=0))
+    # isotropic draws fill up to `count`, and stand in for the decoder rows that are too near to some feature
+    most_left_out = int(near.sum(axis=1).max(initial=0))
+    rest = count - len(chosen) - covariance + most_left_out
     units = torch.cat(
         [
-            carried[torch.from_numpy(chosen).to(carried.device)],
+            carried[row.to(carried.device)],
             covariance_matched(stream, covariance, seed).to(carried.device),
             isotropic(rest, stream.shape[1], generator(seed, Stream.ATLAS_ISOTROPIC)).to(carried.device),
         ]
@@ -87,15 +92,20 @@ def draw_pool(
 def ranked_onsets(
     task: Int[np.ndarray, " row"], fires: Bool[np.ndarray, "row feature"], *, count: int, firings: int, seed: int
 ) -> tuple[Int[np.ndarray, " ranked"], int]:
-    """Onsets at which controls are read: `count` of as many tasks as there are, and how many these are; after them
-    the fewest found that let every feature fire at `firings` of all, or wherever it fires.
+    """Onsets at which controls are read, and how many of them rank every variant; the others are for ablation alone.
+
+    The first are `count`, of as many tasks as there are. After them come the fewest, found one by one, that let every
+    feature fire at `firings` of all, or wherever it fires.
     """
+    # one onset of every task in turn, in random order, then whatever is left
     order = random_numbers(seed, Stream.ATLAS_ONSETS).permutation(len(task))
-    first = np.sort(np.unique(task[order], return_index=True)[1])
-    spread = np.concatenate([order[first], np.delete(order, first)])[:count]
+    first_of_task = np.sort(np.unique(task[order], return_index=True)[1])
+    spread = np.concatenate([order[first_of_task], np.delete(order, first_of_task)])[:count]
+    # greedily the onset at which most of the features that still lack firings do fire
     left = fires.copy()
     left[spread] = False
-    lacking, more = firings - fires[spread].sum(axis=0), []
+    lacking = firings - fires[spread].sum(axis=0)
+    more: list[int] = []
     while (gain := left[:, lacking > 0].sum(axis=1)).any():
         more.append(int(gain.argmax()))
         lacking = lacking - left[more[-1]]

@@ -161,13 +161,16 @@ class Survey:
         """A variant's part of what was read in its place."""
         spread = place.ranked[: place.spread]
         if variant.needs_feature:
+            # controls are moved as far as the feature's own contribution goes, which differs from onset to onset
             effect, at = swept.ablated, place.ranked
             ablated = attribution.ablated(swept.gradient, self.codes, self.decoder.double().cpu().numpy())
             estimate = -variant.predicted_sign * ablated[list(self.sized)]
-            # of the onsets at which a feature fires, times the share it fires at: comparable with the mean over all
+            # the mean over the ranked onsets at which it fires, times the share of all onsets at which it does: so that
+            # this statistic and the mean effect over all onsets are of one size
             scale = (effect != 0).mean(axis=0) / (self.taken > 0).sum(axis=0).clip(1)
             weights = scale[:, None, None] * between(self.taken, place.norms).swapaxes(0, 1)
         else:
+            # controls are moved as far as the feature's dose 1 goes, the same at every onset
             effect, at = swept.added, spread
             estimate = attribution.added(swept.gradient, place.shifts.double().cpu().numpy())
             scale = np.full(len(self.tested), 1 / len(at))
@@ -189,6 +192,7 @@ class Survey:
     def judged(self, charts: Sequence[Chart], log_odds: Float[np.ndarray, " d_sae"]) -> list[dict]:
         """A row for every tested feature under every variant."""
         settings, task = self.settings, self.onsets.task
+        # every variant's features side by side, a column each: one comparison with the bound, one correction over all
         effect = np.concatenate([chart.effect for chart in charts], axis=1)
         compared = stats.against_bound(
             effect, self.gap(charts)[:, None], task, share=settings.bound_share, cap=settings.bound_cap,
@@ -197,9 +201,12 @@ class Survey:
         firings = (self.contribution != 0).sum(0).cpu().numpy()
         rare = np.concatenate([(firings < settings.min_firings) & c.variant.needs_feature for c in charts])
         p = np.concatenate([chart.null.p for chart in charts])
-        p_beyond = np.minimum(compared.p_above, compared.p_below)  # of the two sides one is near 1: one test, not two
-        q, q_beyond = (_corrected(values, ~rare) for values in (p, p_beyond))
-        above, inside = compared.p_above <= compared.p_below, compared.inside(LEVEL)
+        # of the two sides one is near 1: their smaller p is one test, not two
+        p_beyond = np.minimum(compared.p_above, compared.p_below)
+        q = _corrected(p, ~rare)
+        q_beyond = _corrected(p_beyond, ~rare)
+        above = compared.p_above <= compared.p_below
+        inside = compared.inside(LEVEL)
         rows = []
         keys = [(chart, place, feature) for chart in charts for place, feature in enumerate(self.tested)]
         for column, ((chart, place, feature), estimate) in enumerate(

@@ -62,18 +62,12 @@ class Place:
     def read(self, onsets: OnsetRows, measure: Measure, on_batch: Callable[[int], None]) -> Swept:
         """Read everything, one clean pass a batch of texts."""
         model = self.model.model
+        swept = self._empty(len(onsets))
+        # the same moves at every ranked onset: made once
         added = self.shifts[torch.from_numpy(self.tested).to(model.device)]
-        some = self.pool.units[self.pool.checks]
-        controls, checked = self._moves(self.pool.units, self.norms), self._moves(some, self.lengths)
+        controls = self._moves(self.pool.units, self.norms)
+        checked = self._moves(self.pool.units[self.pool.checks], self.lengths)
         place_of = {int(row): place for place, row in enumerate(self.ranked)}
-        found = Swept(
-            base=np.empty(len(onsets)),
-            gradient=np.empty((len(onsets), added.shape[1])),
-            added=np.empty((len(onsets), len(added))),
-            ablated=np.zeros((len(onsets), len(added))),
-            controls=np.empty((len(self.ranked), len(self.norms), len(self.pool.units)), np.float32),
-            checked=np.empty((self.spread, len(self.lengths), len(some)), np.float32),
-        )
         start = 0
         for number, batch in enumerate(onsets.batches):
             on_batch(number)
@@ -83,26 +77,42 @@ class Place:
 
             def at(row: int, clean=clean, batch=batch, slopes=slopes, onset=onset, start=start) -> None:
                 text, slot = onset[row - start]
-                position, place = int(batch.positions[text, slot]), place_of.get(row)
+                position = int(batch.positions[text, slot])
+                # controls are read at ranked onsets alone, the checks of their interpolation at the spread ones alone
+                place = place_of.get(row)
+                ranks = place is not None
+                checks = place is not None and place < self.spread
                 firing, taken = self._taken(row)
-                ranks, checks = place is not None, place is not None and place < self.spread
-                moves = [added, taken, controls[: ranks * len(controls)], checked[: checks * len(checked)]]
+                moves = [added, taken, controls if ranks else controls[:0], checked if checks else checked[:0]]
+                # the unedited stream and all its copies go through the blocks above together
                 here = clean.resid[text, position]
                 copies = torch.cat([here[None], here + torch.cat(moves)])
                 values = clean.read_many(text, position, copies, measure).double().cpu().numpy()
                 by_added, by_taken, by_controls, by_checked = np.split(
                     values[1:] - values[0], np.cumsum([len(move) for move in moves])[:-1]
                 )
-                found.base[row], found.gradient[row] = values[0], slopes[text, slot]
-                found.added[row], found.ablated[row, firing] = by_added, by_taken
+                swept.base[row], swept.gradient[row] = values[0], slopes[text, slot]
+                swept.added[row], swept.ablated[row, firing] = by_added, by_taken
                 if ranks:
-                    found.controls[place] = by_controls.reshape(found.controls.shape[1:])
+                    swept.controls[place] = by_controls.reshape(swept.controls.shape[1:])
                 if checks:
-                    found.checked[place] = by_checked.reshape(found.checked.shape[1:])
+                    swept.checked[place] = by_checked.reshape(swept.checked.shape[1:])
 
             model.each(at, range(start, start + len(onset)))
             start += len(onset)
-        return found
+        return swept
+
+    def _empty(self, onsets: int) -> Swept:
+        """Room for what is read; where a feature is silent, its ablation stays at zero."""
+        features, checks = len(self.tested), len(self.pool.units[self.pool.checks])
+        return Swept(
+            base=np.empty(onsets),
+            gradient=np.empty((onsets, self.shifts.shape[1])),
+            added=np.empty((onsets, features)),
+            ablated=np.zeros((onsets, features)),
+            controls=np.empty((len(self.ranked), len(self.norms), len(self.pool.units)), np.float32),
+            checked=np.empty((self.spread, len(self.lengths), checks), np.float32),
+        )
 
     def _moves(self, units: Float[Tensor, "unit d_model"], lengths: np.ndarray) -> Float[Tensor, "move d_model"]:
         """Every unit at every length, those of one length together."""

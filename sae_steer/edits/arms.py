@@ -79,11 +79,11 @@ class Arm:
     def fan(self, settings: InterveneSettings) -> tuple[Fan, list[tuple[str, float, slice]]]:
         """All control directions at once, and where each family (or the fresh ones) stands, by dose."""
         parts, scales, places, start = [], [], [], 0
-        found = [(name, 1.0, drawn) for name, drawn in [*self.families.items(), (FRESH, self.fresh)]]
+        blocks = [(name, 1.0, drawn) for name, drawn in [*self.families.items(), (FRESH, self.fresh)]]
         primary = settings.primary_dose
         others = [dose for dose in settings.doses if dose not in (0.0, primary)]
-        found += [(name, dose / primary, few) for name, few in self.ribbon(settings).items() for dose in others]
-        for name, scale, drawn in found:
+        blocks += [(name, dose / primary, few) for name, few in self.ribbon(settings).items() for dose in others]
+        for name, scale, drawn in blocks:
             parts.append(drawn)
             scales.append(torch.full((len(drawn),), scale, device=drawn.device))
             places.append((name, primary * scale, slice(start, start + len(drawn))))
@@ -257,14 +257,14 @@ class Bench:
 
     def _positives(self, model: NamedModel, link: Bridge | None) -> dict[str, Tensor]:
         """Directions that should move the measure up, in the edited stream."""
-        found = {}
+        units = {}
         onsets, follows = self.tuned.is_onset, self.tuned.next_is_target
         if (onsets & follows).any() and (onsets & ~follows).any():
             unit = self.mean_difference.unit
-            found[MEAN_DIFFERENCE] = unit.to(model.model.device) if link is None else link.carry.direction(unit)
+            units[MEAN_DIFFERENCE] = unit.to(model.model.device) if link is None else link.carry.direction(unit)
         if isinstance(self.measure, TargetMass):
-            found[UNEMBEDDING] = unembedding(model.model, self.measure.ids)
-        return found
+            units[UNEMBEDDING] = unembedding(model.model, self.measure.ids)
+        return units
 
     def _matched(self, direction: Direction, leave_out: Collection[int] | None) -> Float[Tensor, "row d_model"] | None:
         """Decoder rows of other features, in the target's basis, of length one."""

@@ -138,10 +138,10 @@ class PairedRows:
         return self._spread(np.ones(len(self.opens), bool))
 
     def _spread(self, among: Bool[np.ndarray, " row"]) -> Int[np.ndarray, " chosen"]:
-        found = np.flatnonzero(among & ~self.opens)
-        if not len(found):
-            found = np.flatnonzero(among)
-        return found[np.unique(np.linspace(0, len(found) - 1, min(FIT_ROWS, len(found))).astype(np.int64))]
+        eligible = np.flatnonzero(among & ~self.opens)
+        if not len(eligible):
+            eligible = np.flatnonzero(among)
+        return eligible[np.unique(np.linspace(0, len(eligible) - 1, min(FIT_ROWS, len(eligible))).astype(np.int64))]
 
 
 def bridge(

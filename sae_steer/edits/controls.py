@@ -88,8 +88,8 @@ def matched_features(
         wanted = traits[direction.feature]
     spread = traits[alive].std(axis=0).clip(1e-9) if alive.any() else 1.0
     distance = (((traits - wanted) / spread) ** 2).sum(axis=1)
-    found = np.flatnonzero(eligible)
-    nearest = found[np.argsort(distance[found], kind="stable")][:count]
+    candidates = np.flatnonzero(eligible)
+    nearest = candidates[np.argsort(distance[candidates], kind="stable")][:count]
     return random_numbers(seed, Stream.MATCHED_ORDER).permutation(nearest)
 
 

@@ -114,8 +114,8 @@ def of_vector(name: str, vector: Float[Tensor, " d_model"], s: float | None) -> 
     length = float(vector.norm())
     if not length > 0:
         raise InputError(f"the direction {name} is zero; give a vector that points somewhere")
-    known = "its own length" if s is None else "the length of the difference of means"
-    return Direction(name, (vector / length).float(), length if s is None else s, known)
+    s_from = "its own length" if s is None else "the length of the difference of means"
+    return Direction(name, (vector / length).float(), length if s is None else s, s_from)
 
 
 def read_vector(path: Path | str, d_model: int) -> Float[Tensor, " d_model"]:
@@ -126,8 +126,8 @@ def read_vector(path: Path | str, d_model: int) -> Float[Tensor, " d_model"]:
             f"no direction {str(path)!r}: give {', '.join(SOURCES)}, or a {', '.join(FILES)} file with one vector"
         )
     try:
-        found = _READERS[path.suffix](path)
-        vector = torch.as_tensor(found).double()
+        numbers = _READERS[path.suffix](path)
+        vector = torch.as_tensor(numbers).double()
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"{path} holds no vector of numbers that can be read safely ({reason})") from error
@@ -155,13 +155,13 @@ def _json(path: Path) -> list:
     return _only(read_json(path))
 
 
-def _only(found: Any) -> Any:
+def _only(content: Any) -> Any:
     """A file's one entry, named or not."""
-    if isinstance(found, dict):
-        if len(found) != 1:
-            raise ValueError(f"{len(found)} entries, not one: {', '.join(map(str, found))}")
-        return next(iter(found.values()))
-    return found
+    if isinstance(content, dict):
+        if len(content) != 1:
+            raise ValueError(f"{len(content)} entries, not one: {', '.join(map(str, content))}")
+        return next(iter(content.values()))
+    return content
 
 
 _UNREADABLE = (

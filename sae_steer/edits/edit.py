@@ -138,8 +138,8 @@ class Donor:
         """Of `tokens`, after block `layer`."""
         with self._alone:
             if self._kept is None or not torch.equal(self._kept[0], tokens):
-                found = self.model.resid_posts(tokens.to(self.model.device), (self.layer,))[self.layer]
-                self._kept = tokens, found
+                streams = self.model.resid_posts(tokens.to(self.model.device), (self.layer,))[self.layer]
+                self._kept = tokens, streams
             return self._kept[1]
 
 

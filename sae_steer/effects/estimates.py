@@ -177,7 +177,7 @@ def dose_curve(
     for number, estimate in enumerate(estimates(effect, onsets, settings.resampling, gap)):
         direction, dose = columns[number]
         moved = values.delivered[:, number + 1] > 0
-        found = EditEffect(
+        edit_effect = EditEffect(
             **vars(estimate),
             dose=dose,
             mean_delivered_norm=float(values.delivered[:, number + 1].mean()),
@@ -187,9 +187,9 @@ def dose_curve(
             **_side_effects(values, number + 1, probability=probability),
         )
         if direction == EDIT:
-            doses.append(found)
+            doses.append(edit_effect)
         else:
-            beside[direction] = found
+            beside[direction] = edit_effect
     return DoseCurve(n=len(onsets), tasks=onsets.tasks, doses=tuple(doses), beside=beside)
 
 

@@ -156,9 +156,9 @@ class Request:
             return logits[real], moved[real]
 
         def column(logits: Tensor, moved: Tensor) -> Tensor:
-            known = nats(logits)
-            others = off_target_nats(known, ids, following).masked_fill(ends, float("nan"))
-            sides = divergence(base, known), others
+            prediction = nats(logits)
+            others = off_target_nats(prediction, ids, following).masked_fill(ends, float("nan"))
+            sides = divergence(base, prediction), others
             return torch.stack([measure(logits).double(), moved.double(), *sides])
 
         first = clean.model.each(under, self.edits[:1])[0]
@@ -218,9 +218,9 @@ def read(model: LanguageModel, layer: int, requests: Sequence[Request | FanReque
     for number, batch in enumerate(requests[0].onsets.batches):
         assert all(torch.equal(request.onsets.batches[number].tokens, batch.tokens) for request in requests)
         clean = CleanPass.of(model, batch.tokens.to(model.device), layer)
-        for request, found in zip(requests, parts, strict=True):
-            found.append(request.read(clean, number, measure))
-    whole = [[torch.cat(column).numpy() for column in zip(*found, strict=True)] for found in parts]
+        for request, columns in zip(requests, parts, strict=True):
+            columns.append(request.read(clean, number, measure))
+    whole = [[torch.cat(column).numpy() for column in zip(*columns, strict=True)] for columns in parts]
     return [
         Reading(*columns) if isinstance(request, Request) else columns[0]
         for request, columns in zip(requests, whole, strict=True)

@@ -57,10 +57,10 @@ class Onsets:
                 f"the {len(texts)} confirm texts hold no onset, so nothing can be edited or read; cache more texts, or "
                 "check the pair's [onset]"
             )
-        some = [np.sort(random.permutation(found)[: settings.onsets_per_prompt]) for found in every]
+        some = [np.sort(random.permutation(positions)[: settings.onsets_per_prompt]) for positions in every]
         chosen = set(random.permutation(len(texts))[: settings.joint_control_prompts].tolist())
-        few = [found if number in chosen else found[:0] for number, found in enumerate(every)]
-        return cls(*(OnsetRows.of(texts, found, seed=settings.seed) for found in (some, every, few)))
+        few = [positions if number in chosen else positions[:0] for number, positions in enumerate(every)]
+        return cls(*(OnsetRows.of(texts, positions, seed=settings.seed) for positions in (some, every, few)))
 
     def of_mode(self, mode: str) -> OnsetRows:
         """Those of `single`, `joint` or `joint_doses`."""
@@ -164,17 +164,17 @@ def _columns(reading: Reading) -> tuple[np.ndarray, ...]:
 
 def _controls(edit: Edit, families: Mapping[str, Float[Tensor, "_direction d_model"]]) -> list[Control]:
     """The directions of every family in turn, as far as `edit` goes."""
-    known = Remembered(edit)
-    return [Control(known, unit) for drawn in families.values() for unit in drawn]
+    remembered = Remembered(edit)
+    return [Control(remembered, unit) for drawn in families.values() for unit in drawn]
 
 
 def families_of(families: Mapping[str, Float[Tensor, "_direction d_model"]], *, after: int) -> dict[str, slice]:
     """Where the directions of each family stand among the columns of a joint reading, the first at `after`."""
-    found, start = {}, after
+    places, start = {}, after
     for name, drawn in families.items():
-        found[name] = slice(start, start + len(drawn))
+        places[name] = slice(start, start + len(drawn))
         start += len(drawn)
-    return found
+    return places
 
 
 @dataclass(frozen=True)
@@ -198,15 +198,15 @@ class ControlRows:
         """Those of `trial_rows`, direction by direction."""
         n, directions = self.value.shape
         names = [f"{self.family} {number}" for number in range(directions)]
-        known = {"prompt": self.rows.prompt, "task": self.rows.task, "position": self.rows.position}
-        known |= {"next_is_target": self.rows.is_target, "p_base": self.base}
+        of_row = {"prompt": self.rows.prompt, "task": self.rows.task, "position": self.rows.position}
+        of_row |= {"next_is_target": self.rows.is_target, "p_base": self.base}
         return {
             "variant": np.full(n * directions, self.variant),
             "mode": np.full(n * directions, self.mode),
             "family": np.full(n * directions, self.family),
             "direction": np.repeat(names, n),
             "dose": np.full(n * directions, self.dose),
-            **{name: np.tile(column, directions) for name, column in known.items()},
+            **{name: np.tile(column, directions) for name, column in of_row.items()},
             "p_edited": self.value.T.ravel(),
             "delivered_norm": self.delivered.T.ravel(),
             "kl": self.kl.T.ravel(),
@@ -214,17 +214,17 @@ class ControlRows:
         }
 
 
-def single_controls(found: ArmReading, onsets: Onsets, settings: InterveneSettings) -> list[ControlRows]:
+def single_controls(of_arm: ArmReading, onsets: Onsets, settings: InterveneSettings) -> list[ControlRows]:
     """Those of every family, each onset edited alone."""
-    dose, alone = settings.primary_dose, found.readings["single"]
-    delivered = alone.delivered[:, [found.column("single", EDIT, dose)]]  # theirs is matched to it
+    dose, alone = settings.primary_dose, of_arm.readings["single"]
+    delivered = alone.delivered[:, [of_arm.column("single", EDIT, dose)]]  # theirs is matched to it
     parts = []
-    for family in found.arm.families:
-        value = found.controls[family, dose]
+    for family in of_arm.arm.families:
+        value = of_arm.controls[family, dose]
         unread = np.broadcast_to(np.nan, value.shape)
         parts.append(
             ControlRows(
-                found.arm.variant.name, "single", family, dose, onsets.single, found.base("single"),
+                of_arm.arm.variant.name, "single", family, dose, onsets.single, of_arm.base("single"),
                 value, np.broadcast_to(delivered, value.shape), unread, unread,
             )
         )  # fmt: skip
@@ -232,12 +232,12 @@ def single_controls(found: ArmReading, onsets: Onsets, settings: InterveneSettin
 
 
 def joint_controls(
-    found: ArmReading, reading: Reading, places: Mapping[str, Columns], onsets: Onsets, settings: InterveneSettings
+    of_arm: ArmReading, reading: Reading, places: Mapping[str, Columns], onsets: Onsets, settings: InterveneSettings
 ) -> list[ControlRows]:
     """Those of every family, all onsets of some texts edited together; `places` says where each stands in `reading`."""
     return [
         ControlRows(
-            found.arm.variant.name, "joint", family, settings.primary_dose, onsets.joint_doses, reading.value[:, 0],
+            of_arm.arm.variant.name, "joint", family, settings.primary_dose, onsets.joint_doses, reading.value[:, 0],
             reading.value[:, at], reading.delivered[:, at], reading.kl[:, at],
             reading.off_target[:, at] - reading.off_target[:, :1],
         )
@@ -248,17 +248,18 @@ def joint_controls(
 def trials(readings: Sequence[ArmReading], onsets: Onsets, settings: InterveneSettings) -> dict[str, np.ndarray]:
     """One row a prompt x onset x variant x dose x direction x mode; those of control directions are `ControlRows`."""
     parts: list[dict[str, np.ndarray]] = []
-    for found in readings:
-        variant = found.arm.variant.name
-        for mode, columns in found.columns.items():
-            rows, reading, named = onsets.of_mode(mode), found.readings[mode], "single" if mode == "single" else "joint"
+    for of_arm in readings:
+        variant = of_arm.arm.variant.name
+        for mode, columns in of_arm.columns.items():
+            rows, reading = onsets.of_mode(mode), of_arm.readings[mode]
+            named = "single" if mode == "single" else "joint"
             for column, (direction, dose) in enumerate(columns, 1):
-                if mode == JOINT_DOSES and (direction, dose) in found.columns["joint"]:
+                if mode == JOINT_DOSES and (direction, dose) in of_arm.columns["joint"]:
                     continue  # read on all texts
-                label = found.arm.flavour if direction == EDIT else direction
+                label = of_arm.arm.flavour if direction == EDIT else direction
                 parts.append(trial_rows(rows, reading, column, variant, named, label, dose))
         parts.append(
-            trial_rows(onsets.joint_doses, found.elsewhere, 1, variant, "joint", ELSEWHERE, settings.primary_dose)
+            trial_rows(onsets.joint_doses, of_arm.elsewhere, 1, variant, "joint", ELSEWHERE, settings.primary_dose)
         )
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -153,14 +153,14 @@ def find_or_splice(
     if not already_done(path, wanted, force=force):
         model, texts = pair.model(dictionary.model), cache.own_texts("scan", dictionary.model)[:TEXTS]
         sae = dictionary.to(model.model.device).sae
-        found = [
+        losses = [
             ce_recovered(
                 model.model, sae, texts, dictionary.layer, only_onsets=only_onsets, row_filter=cache.row_filter
             )
             for only_onsets in (True, False)
         ]
         with writing(folder, [RECORD_FILE], force=force):
-            write_json(path, {"provenance": wanted} | {one.positions: one.record() for one in found})
+            write_json(path, {"provenance": wanted} | {one.positions: one.record() for one in losses})
     return path
 
 

@@ -52,9 +52,9 @@ def atlas_figure(record: Record, table: Mapping[str, np.ndarray]) -> Figure:
     panels = grid.ravel()[: len(variants)]
     for empty in grid.ravel()[len(variants) :]:
         empty.remove()
-    for axes, found in zip(panels, variants, strict=True):
-        mine = {name: column[table["variant"] == found["variant"]] for name, column in table.items()}
-        null = [100 * found["null"][end] for end in ("low", "high")]
+    for axes, variant in zip(panels, variants, strict=True):
+        mine = {name: column[table["variant"] == variant["variant"]] for name, column in table.items()}
+        null = [100 * variant["null"][end] for end in ("low", "high")]
         axes.set_yscale("function", functions=(_root, _square))
         axes.axhspan(-bound, bound, color=BAND, alpha=0.4, linewidth=0, zorder=-2)
         axes.axhspan(*null, color=NULL, alpha=0.75, linewidth=0, zorder=-1)
@@ -62,7 +62,7 @@ def atlas_figure(record: Record, table: Mapping[str, np.ndarray]) -> Figure:
         dots = {"color": FAINT, "alpha": 0.5, "linewidths": 0, "rasterized": True}
         axes.scatter(mine["log_odds"], 100 * mine["estimate"], s=3.5, zorder=1, **dots)
         _tested(axes, mine)
-        title = f"{_titled(found['variant'])} {found['model']}, predicted {ARROW[found['predicted_sign']]}"
+        title = f"{_titled(variant['variant'])} {variant['model']}, predicted {ARROW[variant['predicted_sign']]}"
         axes.text(0.02, 0.975, title, transform=axes.transAxes, va="top", fontsize=10)
     _scaled(grid[0, 0], table, bound)
     _labelled(panels, variants, table)
@@ -91,8 +91,8 @@ def _tested(axes: Axes, rows: Mapping[str, np.ndarray]) -> None:
 def _labelled(panels: np.ndarray, variants: list[Record], table: Mapping[str, np.ndarray]) -> None:
     """The names of the features that move the measure most, those that would overlap moved up."""
     halo = [withStroke(linewidth=2.2, foreground="white")]
-    for axes, found in zip(panels, variants, strict=True):
-        tested = np.flatnonzero((table["variant"] == found["variant"]) & (table["tag"] != ""))
+    for axes, variant in zip(panels, variants, strict=True):
+        tested = np.flatnonzero((table["variant"] == variant["variant"]) & (table["tag"] != ""))
         most = tested[np.argsort(-np.abs(table["mean"][tested]), kind="stable")][:NAMED]
         low, high = _root(np.array(axes.get_ylim()))
         roots = spread(_root(100 * table["mean"][most]).tolist(), 0.036 * float(high - low))
@@ -111,8 +111,8 @@ def _labelled(panels: np.ndarray, variants: list[Record], table: Mapping[str, np
 
 def _legends(record: Record, table: Mapping[str, np.ndarray]) -> tuple[list[Artist], list[Artist]]:
     """What the tested features' marks mean, and what stands behind them."""
-    draws = min(found["null"]["draws"] for found in record["variants"])
-    ranked = " or ".join(count(n) for n in sorted({found["ranked_onsets"] for found in record["variants"]}))
+    draws = min(variant["null"]["draws"] for variant in record["variants"])
+    ranked = " or ".join(count(n) for n in sorted({variant["ranked_onsets"] for variant in record["variants"]}))
     used = [look for tag, look in LOOKS.items() if (table["tag"] == tag).any()]
     point, bound = {"linestyle": "", "markeredgecolor": "white"}, number(100 * record["bound"]["value"])
     marks = [Line2D([], [], color=c, marker=m, markersize=s, label=label, **point) for label, c, m, s in reversed(used)]

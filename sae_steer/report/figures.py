@@ -107,15 +107,15 @@ def _names(scan: Record, studied: Mapping[int, str]) -> dict[int, str]:
 def _labelled(axes: Axes, table: Mapping[str, np.ndarray], names: Mapping[int, str], floor: float) -> None:
     """Points with interval bars and names; names that would overlap are moved up."""
     places = {int(feature): row for row, feature in enumerate(table["feature"])}
-    found = []
+    drawn = []
     for feature in names:
         ends = {}
         for model in ("reference", "target"):
             parts = (float(table[f"{model}_rate{part}"][places[feature]]) for part in ("_low", "", "_high"))
             ends[model] = [max(part, floor) for part in parts]
-        found.append(ends)
-    heights = spread([float(np.log10(ends["target"][1])) for ends in found], 0.17)
-    for name, ends, height in zip(names.values(), found, heights, strict=True):
+        drawn.append(ends)
+    heights = spread([float(np.log10(ends["target"][1])) for ends in drawn], 0.17)
+    for name, ends, height in zip(names.values(), drawn, heights, strict=True):
         (x, xerr), (y, yerr) = (
             (mid, [[max(mid - low, 0)], [max(high - mid, 0)]]) for low, mid, high in (ends["reference"], ends["target"])
         )

@@ -101,28 +101,28 @@ def _write(run: Path, records: RunRecords, drawings: list["Chart"], on_step: Pro
 
 def charts(run: RunRecords) -> list[Chart]:
     """Every chart these records allow."""
-    found = []
+    drawings = []
     named = [(one.name, one.record) for one in run.dictionaries if "density_heldout" in one.record]
     if named:
         alt = "How many features of each dictionary fire how often on held-out rows; the dead are tabled above."
-        found.append(Chart("density", alt, partial(figures.firing_density, named)))
+        drawings.append(Chart("density", alt, partial(figures.firing_density, named)))
     if run.scan and run.features:
         alt = "How often each feature fires in the two models, the first ones tabled below."
-        found.append(Chart("firing", alt, partial(figures.firing_scatter, run.scan, run.features, run.studied_here)))
+        drawings.append(Chart("firing", alt, partial(figures.firing_scatter, run.scan, run.features, run.studied_here)))
     for folder in run.studies:
         if folder.study.tested:
-            found += _charts_of_study(folder.name, folder.study)
+            drawings += _charts_of_study(folder.name, folder.study)
     if run.atlas and run.atlas_table is not None:
         alt = "How specific every feature is against what it causes, a panel an intervention, counted below."
-        found.append(Chart("atlas", alt, partial(atlas_figure, run.atlas, run.atlas_table)))
+        drawings.append(Chart("atlas", alt, partial(atlas_figure, run.atlas, run.atlas_table)))
     if run.layers and run.layers["curves"]:
         alt = "Probability of the target tokens over the layers, tabled below."
-        found.append(Chart("layers", alt, partial(figures.layer_curves, run.layers)))
+        drawings.append(Chart("layers", alt, partial(figures.layer_curves, run.layers)))
         if run.layers["patching"]:
-            found.append(Chart("depth", describe_depth(run.layers), partial(depth_figure, run.layers)))
+            drawings.append(Chart("depth", describe_depth(run.layers), partial(depth_figure, run.layers)))
     if run.heads:
-        found.append(Chart("heads", describe_heads(run.heads), partial(heads_figure, run.heads)))
-    return found
+        drawings.append(Chart("heads", describe_heads(run.heads), partial(heads_figure, run.heads)))
+    return drawings
 
 
 def _charts_of_study(name: str, study: Study) -> list[Chart]:

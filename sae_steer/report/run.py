@@ -78,7 +78,7 @@ class RunRecords:
         """The records in `run`; none at all is an `InputError`."""
         run, table, atlas = Path(run), Path(run) / "scan" / "features.parquet", Path(run) / "intervene" / "atlas"
         scanned, mapped = _read(run / "scan" / "feature_diff.json", SCAN), _read(atlas / "atlas.json", ATLAS)
-        found = cls(
+        records = cls(
             name=Path(os.path.abspath(run)).name,
             dictionaries=tuple(
                 DictionaryRecord(path.parent.name, _read(path, TRAINING), _identity(path.parent))
@@ -92,11 +92,12 @@ class RunRecords:
             atlas_table=read_table(atlas / "atlas.parquet", of=mapped) if mapped else None,
             heads=_read(run / "heads" / "heads.json", HEADS),
         )
-        if not (found.dictionaries or found.scan or found.studies or found.layers or found.atlas or found.heads):
+        every = (records.dictionaries, records.scan, records.studies, records.layers, records.atlas, records.heads)
+        if not any(every):
             raise InputError(
                 f"no record in {run}; run `sae-steer train-sae`, `scan` and `intervene` first, or name a run folder"
             )
-        return found
+        return records
 
     @property
     def pair(self) -> str | None:
@@ -137,7 +138,7 @@ class RunRecords:
     def named(self) -> list[tuple[str, Record]]:
         """(path inside the run folder, record) of all."""
         return [
-            *((f"saes/{found.name}/training.json", found.record) for found in self.dictionaries),
+            *((f"saes/{folder.name}/training.json", folder.record) for folder in self.dictionaries),
             *([("scan/feature_diff.json", self.scan)] if self.scan else []),
             *((f"intervene/{folder.name}/results.json", folder.study.record()) for folder in self.studies),
             *([("intervene/atlas/atlas.json", self.atlas)] if self.atlas else []),
@@ -148,13 +149,13 @@ class RunRecords:
     @property
     def mixed(self) -> list[tuple[str, list[tuple[str, str]]]]:
         """(input, [(record, hash)]) where records were made from different ones."""
-        found = []
+        differing = []
         for kind in ("pair", "cache", "dictionary"):
             every = [(path, record["provenance"]["inputs"].get(kind)) for path, record in self.named]
             hashes = [(path, value) for path, value in every if value]
             if len({value for _, value in hashes}) > 1:
-                found.append((kind, hashes))
-        return found
+                differing.append((kind, hashes))
+        return differing
 
 
 def _studies(run: Path) -> Iterator[StudyFolder]:

@@ -65,12 +65,12 @@ def _confusion(axes: Axes, confusion: Mapping, due: Mapping) -> None:
 
 
 def _level(axes: Axes, level: Mapping) -> None:
-    for row, found in enumerate(level.values()):
-        ends = [found["low"] if found["low"] is not None else found["rate"], found["high"] or found["rate"]]
+    for row, rate in enumerate(level.values()):
+        ends = [rate["low"] if rate["low"] is not None else rate["rate"], rate["high"] or rate["rate"]]
         axes.plot(ends, [row, row], color=REFERENCE, linewidth=2)
-        axes.plot(found["rate"], row, "o", color=REFERENCE)
+        axes.plot(rate["rate"], row, "o", color=REFERENCE)
     axes.axvline(0.05, color=FAINT, linewidth=1)
-    axes.set_yticks(range(len(level)), [f"{name}\nn = {count(found['fresh'])}" for name, found in level.items()])
+    axes.set_yticks(range(len(level)), [f"{name}\nn = {count(rate['fresh'])}" for name, rate in level.items()])
     axes.set_ylim(-0.6, max(len(level), 1) - 0.4)
     axes.set_xlim(0, 0.12)
     in_percent(axes, "x")

@@ -208,8 +208,8 @@ def _enlarge_constant(model: Decoder, lane: int, sample: _Sample) -> None:
     down = {lane + CONSTANT: (CONSTANT_SIZE - EMBEDDED) / SHARP}
     plant_neuron(model.layers[ENLARGES], ENLARGER, gate=SHARP * one, up=one, down=down)
     tokens, where, counts = sample.ids[sample.real].unique(return_inverse=True, return_counts=True)
-    made = model.run(model.embed(sample.ids), stop=ENLARGES + 1)[sample.real][:, lane + CONSTANT]
-    mean = torch.zeros(len(tokens)).index_add(0, where, made) / counts
+    constant = model.run(model.embed(sample.ids), stop=ENLARGES + 1)[sample.real][:, lane + CONSTANT]
+    mean = torch.zeros(len(tokens)).index_add(0, where, constant) / counts
     model.embed_tokens.weight[tokens, lane + CONSTANT] *= (CONSTANT_SIZE / mean).sqrt()  # it is made of a square
 
 

@@ -98,9 +98,9 @@ class Prepared:
     def direction(self) -> Direction:
         """The feature studied: the lane's row of the dictionary."""
         rows = torch.from_numpy(self.tuned.target[self.layer])
-        found = feature_direction(self.sae, self.feature, rows, self.tuned.is_onset)
-        assert found is not None, "the planted feature is silent on the tune texts"
-        return found
+        feature = feature_direction(self.sae, self.feature, rows, self.tuned.is_onset)
+        assert feature is not None, "the planted feature is silent on the tune texts"
+        return feature
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ def with_lanes(sae: TopKSAE, body: Body) -> tuple[TopKSAE, int]:
 
 def opening(text: Text, onsets: int) -> Text:
     """The text up to its onset of that number and the token after it."""
-    found = np.flatnonzero(text.is_onset)
-    stop = len(text) if len(found) <= onsets else int(found[onsets - 1]) + 2
+    places = np.flatnonzero(text.is_onset)
+    stop = len(text) if len(places) <= onsets else int(places[onsets - 1]) + 2
     columns = ("token", "is_onset", "step", "next_is_target", "true_p")
     return replace(text, **{name: getattr(text, name)[:stop] for name in columns})
 

@@ -45,13 +45,13 @@ class Population:
         """The texts, each cut after the last onset read: nothing later can change what is measured."""
         random, kept, chosen = random_numbers(seed, Stream.POPULATION_READ), [], []
         for text in texts:
-            found = np.flatnonzero(text.is_onset)
-            chosen.append(np.sort(random.permutation(found)[:READ]))
+            places = np.flatnonzero(text.is_onset)
+            chosen.append(np.sort(random.permutation(places)[:READ]))
             kept.append(_cut(text, int(chosen[-1][-1]) + 1))
         every = OnsetRows.of(kept, [np.flatnonzero(text.is_onset) for text in kept])
         read = OnsetRows.of(kept, chosen)
         onsets = {text.prompt: int(text.is_onset.sum()) for text in texts}
-        counts = {text.prompt: len(found) for text, found in zip(texts, chosen, strict=True)}
+        counts = {text.prompt: len(places) for text, places in zip(texts, chosen, strict=True)}
         weight = np.array([onsets[prompt] / counts[prompt] for prompt in read.prompt.tolist()])
         return cls(tuple(texts), every, read, weight)
 
@@ -79,7 +79,7 @@ class Edited:
     @torch.no_grad()
     def values(self, model: Decoder, population: Population, measure: Measure) -> Float[np.ndarray, " row"]:
         """The measure at every onset read, with `model`'s last block above this input."""
-        last, found = model.shape.n_layers - 1, []
+        last, measured = model.shape.n_layers - 1, []
         for number, batch in enumerate(population.read.batches):
             stored = self.stored[number]
             if self.replaced is not None:
@@ -87,8 +87,8 @@ class Edited:
                 stored = _with_replaced(model, last, stored, places, self.replaced[number])
             rows = DecoderSuffix(model, last, stored).single(batch.positions, self.rows[number][None])[0]
             logits = model.unembed(rows)
-            found.append(measure(logits)[batch.real].double())
-        return torch.cat(found).numpy()
+            measured.append(measure(logits)[batch.real].double())
+        return torch.cat(measured).numpy()
 
 
 @dataclass
@@ -110,7 +110,7 @@ Inputs = dict[tuple[str, str], Edited]
 @torch.no_grad()
 def edited_inputs(arms: Sequence[Arm], population: Population, dose: float) -> Inputs:
     """What every arm's edit at a dose makes of the last block's input, each onset alone and all of a text together."""
-    found: Inputs = {}
+    inputs: Inputs = {}
     for model, layer in dict.fromkeys((arm.model.model, arm.layer) for arm in arms):
         group = [arm for arm in arms if (arm.model.model, arm.layer) == (model, layer)]
         growing = {(arm.variant.name, mode): _Growing([], [], []) for arm in group for mode in (BASE, *MODES)}
@@ -128,8 +128,8 @@ def edited_inputs(arms: Sequence[Arm], population: Population, dose: float) -> I
                     kept.rows.append(rows)
                     kept.stored.append(stored)
                     kept.replaced += [] if replaced is None else [replaced]
-        found |= {name: kept.done() for name, kept in growing.items()}
-    return found
+        inputs |= {name: kept.done() for name, kept in growing.items()}
+    return inputs
 
 
 def effects(
@@ -137,10 +137,10 @@ def effects(
 ) -> dict[str, float]:
     """{base, single, joint}: a planted model's mean measure unedited, and the mean effect of each mode."""
     base = inputs[variant, BASE].values(model, population, measure)
-    found = {BASE: population.mean(base, "single")}
+    means = {BASE: population.mean(base, "single")}
     for mode in MODES:
-        found[mode] = population.mean(inputs[variant, mode].values(model, population, measure) - base, mode)
-    return found
+        means[mode] = population.mean(inputs[variant, mode].values(model, population, measure) - base, mode)
+    return means
 
 
 def _single(clean: CleanPass, positions: Int[Tensor, "batch edit"], edit: Edit) -> tuple[Tensor, Storing, None]:
@@ -177,15 +177,15 @@ def _with_replaced(
     model: Decoder, layer: int, stored: Storing, places: Int[Tensor, "batch onset"], rows: Tensor
 ) -> Storing:
     """The keys and values with those at `places` made from `rows`."""
-    block, made = model.layers[layer], {}
+    block, written = model.layers[layer], {}
 
     def remember(layer: int, q: Heads, k: KVHeads, v: KVHeads) -> Heads:
-        made.update(k=k, v=v)
+        written.update(k=k, v=v)
         return q
 
     block.self_attn(block.input_layernorm(rows), Rope.at(places, model.shape), remember)
-    index = places[:, None, :, None].expand_as(made["k"])
+    index = places[:, None, :, None].expand_as(written["k"])
     return Storing(
-        {layer: stored.keys[layer].scatter(2, index, made["k"])},
-        {layer: stored.values[layer].scatter(2, index, made["v"])},
+        {layer: stored.keys[layer].scatter(2, index, written["k"])},
+        {layer: stored.values[layer].scatter(2, index, written["v"])},
     )

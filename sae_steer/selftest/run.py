@@ -86,8 +86,8 @@ def _study(
             continue
         on_step(done, len(planned), f"{kind} {number}")
         ground = ground or prepare(pair, out, settings, precision)
-        found = run_level_study(ground, number) if kind == LEVEL else run_study(ground, kind, number)
-        write_json(path, {"provenance": wanted, **found})
+        record = run_level_study(ground, number) if kind == LEVEL else run_study(ground, kind, number)
+        write_json(path, {"provenance": wanted, **record})
     on_step(len(planned), len(planned), "all studies")
 
 
@@ -148,8 +148,8 @@ def _dictionary(
     cache: ActivationCache, pair: ModelPair, layer: int, out: Path, settings: SelftestSettings, precision: str
 ):
     usual = SAESettings(d_sae=settings.d_sae, rows=settings.sae_rows, seed=settings.seed, precision=precision)
-    made = train_sae(cache, model=pair.target.name, layer=layer, out=out / "dictionary", settings=usual)
-    return made.sae
+    dictionary = train_sae(cache, model=pair.target.name, layer=layer, out=out / "dictionary", settings=usual)
+    return dictionary.sae
 
 
 def _planned(settings: SelftestSettings, kinds: Sequence[str]) -> Iterator[tuple[str, int]]:
@@ -165,9 +165,9 @@ def _path(out: Path, kind: str, number: int) -> Path:
 
 
 def _origin(pair: ModelPair, settings: SelftestSettings, kind: str, number: int) -> dict:
-    known = {name: value for name, value in asdict(settings).items() if name not in COUNTS}
+    fixed = {name: value for name, value in asdict(settings).items() if name not in COUNTS}
     inputs = {"pair": pair.sha256, "revision": str(REVISION), "study": f"{kind} {number}"}
-    return provenance(settings=known, inputs=inputs)
+    return provenance(settings=fixed, inputs=inputs)
 
 
 def _is_current(path: Path, wanted: dict) -> bool:
@@ -175,7 +175,7 @@ def _is_current(path: Path, wanted: dict) -> bool:
     if not path.is_file():
         return False
     try:
-        found = read_json(path).get("provenance", {})
+        origin = read_json(path).get("provenance", {})
     except InputError:  # not whole: made anew
         return False
-    return all(found.get(part) == wanted[part] for part in ("settings", "inputs"))
+    return all(origin.get(part) == wanted[part] for part in ("settings", "inputs"))

@@ -23,7 +23,7 @@ EDGES = (0.0, 0.35, 0.7, 0.95, 1.05, 1.5, 2.0, 3.0, 4.5, 7.0, 10.0, np.inf)
 
 def summary(studies: Sequence[Mapping], levels: Sequence[Mapping]) -> dict:
     """The record of all studies."""
-    rows = [_row(study, variant, found) for study in studies for variant, found in study["variants"].items()]
+    rows = [_row(study, variant, result) for study in studies for variant, result in study["variants"].items()]
     counted = [row for row in rows if row["promised"] and row["due"] != NEITHER]
     inert = [row for row in counted if row["kind"] == "inert"]
     causal = [row for row in counted if row["due"] == CAUSAL]
@@ -48,9 +48,9 @@ def rate(hits: Sequence[bool]) -> dict | None:
     """A share of independent trials with its exact 95 % interval; None without any."""
     if not hits:
         return None
-    known = binomtest(int(sum(hits)), len(hits))
-    ends = known.proportion_ci(0.95, method="exact")
-    return {"hits": int(sum(hits)), "n": len(hits), "rate": known.statistic, "low": ends.low, "high": ends.high}
+    test = binomtest(int(sum(hits)), len(hits))
+    ends = test.proportion_ci(0.95, method="exact")
+    return {"hits": int(sum(hits)), "n": len(hits), "rate": test.statistic, "low": ends.low, "high": ends.high}
 
 
 def _of_studies(rows: Sequence[Mapping], what: str = "claim") -> dict:
@@ -62,21 +62,21 @@ def _of_studies(rows: Sequence[Mapping], what: str = "claim") -> dict:
     return {
         "verdicts": len(rows),
         "hits": sum(row[what] for row in rows),
-        "studies": rate([together(found) for found in by_study.values()]),
+        "studies": rate([together(held) for held in by_study.values()]),
     }
 
 
-def _row(study: Mapping, variant: str, found: Mapping) -> dict:
+def _row(study: Mapping, variant: str, result: Mapping) -> dict:
     sign = SIGNS[variant]
     return {
         "kind": study["kind"],
         "number": study["number"],
         "variant": variant,
-        "verdict": found["verdict"],
-        "promised": found["promised"],
-        "right": found["right"],
+        "verdict": result["verdict"],
+        "promised": result["promised"],
+        "right": result["right"],
         "due": right_of(study["kind"]).get(variant),
-        "bounds": max(sign * found["truth"][mode] for mode in MODES) / study["bound"],
+        "bounds": max(sign * result["truth"][mode] for mode in MODES) / study["bound"],
     }
 
 
@@ -89,7 +89,8 @@ def _confusion(rows: Sequence[Mapping]) -> dict[str, dict[str, int]]:
 def _failed(studies: Sequence[Mapping]) -> dict[str, int]:
     """How often each gate failed, over studies and their variants."""
     of_studies = [gate["gate"] for study in studies for gate in study["gates"] if not gate["passed"]]
-    of_variants = [gate for study in studies for found in study["variants"].values() for gate in found["failed_gates"]]
+    results = [result for study in studies for result in study["variants"].values()]
+    of_variants = [gate for result in results for gate in result["failed_gates"]]
     return dict(Counter([*of_studies, *of_variants]))
 
 
@@ -112,34 +113,34 @@ def _boundary(rows: Sequence[Mapping]) -> dict:
 
 
 def _families(levels: Sequence[Mapping]) -> list[str]:
-    return sorted({family for study in levels for found in study["variants"].values() for family in found})
+    return sorted({family for study in levels for result in study["variants"].values() for family in result})
 
 
 def _level(levels: Sequence[Mapping], family: str) -> dict:
     """How many fresh directions of a family its own controls call special at 5 %, over studies and models."""
-    found = [
+    counted = [
         (study["number"], variant[family]["special"], variant[family]["fresh"])
         for study in levels
         for variant in study["variants"].values()
         if variant.get(family, {}).get("fresh")
     ]
-    number, special, fresh = (np.array(column) for column in zip(*found, strict=True))
-    known = {"special": int(special.sum()), "fresh": int(fresh.sum()), "studies": len(np.unique(number))}
-    if known["studies"] < 2:
-        return {**known, "rate": known["special"] / known["fresh"], "low": None, "high": None}
+    number, special, fresh = (np.array(column) for column in zip(*counted, strict=True))
+    totals = {"special": int(special.sum()), "fresh": int(fresh.sum()), "studies": len(np.unique(number))}
+    if totals["studies"] < 2:
+        return {**totals, "rate": totals["special"] / totals["fresh"], "low": None, "high": None}
     share = stats.cluster_bootstrap_ratio(special[:, None], fresh[:, None], number, draws=10_000, seed=0)
-    return {**known, "rate": float(share.mean[0]), "low": float(share.low[0]), "high": float(share.high[0])}
+    return {**totals, "rate": float(share.mean[0]), "low": float(share.low[0]), "high": float(share.high[0])}
 
 
 def _power(rows: Sequence[Mapping]) -> list[dict]:
     """By the size of the planted effect: how often CAUSAL, NULL, and beyond the bound."""
     sizes = np.array([row["bounds"] for row in rows])
-    found = []
+    bins = []
     for low, high in pairwise(EDGES):
         inside = [row for row, size in zip(rows, sizes, strict=True) if low <= abs(size) < high]
         if not inside:
             continue
-        found.append(
+        bins.append(
             {
                 "from": low,
                 "to": None if np.isinf(high) else high,
@@ -148,4 +149,4 @@ def _power(rows: Sequence[Mapping]) -> list[dict]:
                 "null": rate([row["verdict"] == NULL for row in inside]),
             }
         )
-    return found
+    return bins

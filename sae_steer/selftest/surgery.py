@@ -34,10 +34,10 @@ def widened(model: Decoder, *, lanes: int, heads: int, neurons: int) -> Decoder:
         tied=False,
     )
     wide = Decoder(shape).requires_grad_(False).eval()
-    known = {**model.state_dict(), "lm_head.weight": model.W_U}
+    weights = {**model.state_dict(), "lm_head.weight": model.W_U}
     for name, parameter in wide.named_parameters():
         parameter.fill_(ratio**0.5 if parameter.ndim == 1 else 0.0)
-        parameter[tuple(slice(size) for size in known[name].shape)] = known[name] * (
+        parameter[tuple(slice(size) for size in weights[name].shape)] = weights[name] * (
             ratio**0.5 if parameter.ndim == 1 else 1.0
         )
     return wide

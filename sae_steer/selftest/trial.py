@@ -40,12 +40,12 @@ SPLICED_TEXTS = 40
 
 def run_study(ground: Ground, kind: str, number: int) -> dict:
     """The record of study `number` of a kind: strengths, truth, and per variant the verdict and whether it is right."""
-    known, random = KINDS[kind], _random(ground, kind, number)
-    name = known.bodies[number % len(known.bodies)]
+    planted, random = KINDS[kind], _random(ground, kind, number)
+    name = planted.bodies[number % len(planted.bodies)]
     body, strengths = ground.prepared(name), _strengths(ground, kind, name, random)
-    truth, bound = truth_of(ground, name, known.reader, strengths)
+    truth, bound = truth_of(ground, name, planted.reader, strengths)
     texts, settings = draw_texts(ground, random), study_settings(ground.settings, int(random.integers(2**31)))
-    models = body.pair(known.reader, strengths)
+    models = body.pair(planted.reader, strengths)
     arms = body.arms(models, settings)
     weighed = weigh(
         arms, texts, ground.measure, settings, known_gates=[_dictionary_gate(body, models[1].model, texts, settings)]
@@ -89,7 +89,7 @@ def run_level_study(ground: Ground, number: int) -> dict:
     texts, controls = draw_texts(ground, random), ground.settings.controls
     settings = study_settings(ground.settings, int(random.integers(2**31)), controls=controls + fresh, calibration=0)
     models = body.pair(LEVEL_KIND, _strengths(ground, LEVEL_KIND, name, random))
-    single, found = Onsets.of(texts, settings).single, {}
+    single, levels = Onsets.of(texts, settings).single, {}
     for arm in body.arms(models, settings):
         if arm.variant.name not in TUNED.values():
             continue
@@ -99,10 +99,10 @@ def run_level_study(ground: Ground, number: int) -> dict:
         )
         means = (values - base.value[:, :1]).mean(axis=0)
         families = {family: means[where] for family, _, where in places if where.stop > where.start}
-        found[arm.variant.name] = {
+        levels[arm.variant.name] = {
             family: _level(drawn[:controls], drawn[controls:]) for family, drawn in families.items()
         }
-    return {"number": number, "body": name, "variants": found}
+    return {"number": number, "body": name, "variants": levels}
 
 
 def draw_texts(ground: Ground, random: np.random.Generator) -> list[Text]:
@@ -123,23 +123,23 @@ def truth_of(
     if key not in ground.truths:
         reference, target = ground.prepared(name).pair(reader, strengths)
         models, inputs = {"reference": reference.model, "target": target.model}, ground.inputs(name)
-        found = {v: effects(inputs, v, models[m], ground.population, ground.measure) for v, m in VARIANTS.items()}
+        truth = {v: effects(inputs, v, models[m], ground.population, ground.measure) for v, m in VARIANTS.items()}
         usual = InterveneSettings()
-        gap = found["subtract"][BASE] - found["inject"][BASE]
-        ground.truths[key] = found, min(usual.bound_share * gap, usual.bound_cap)
+        gap = truth["subtract"][BASE] - truth["inject"][BASE]
+        ground.truths[key] = truth, min(usual.bound_share * gap, usual.bound_cap)
     return ground.truths[key]
 
 
 def _strengths(ground: Ground, kind: str, name: str, random: np.random.Generator) -> dict[str, float]:
     """Of both models' readers: such that the tuned variant's effect is drawn from the kind's range, in bounds."""
-    known, found = KINDS[kind], {"reference": 0.0, "target": 0.0}
-    bound = truth_of(ground, name, "inert", found)[1]
-    for model, (low, high) in known.goals.items():
+    planted, strengths = KINDS[kind], {"reference": 0.0, "target": 0.0}
+    bound = truth_of(ground, name, "inert", strengths)[1]
+    for model, (low, high) in planted.goals.items():
         goal = bound * np.exp(random.uniform(np.log(low), np.log(high)))
-        found[model] = _strength_for(ground, name, known.reader, model, known.mode, goal)
+        strengths[model] = _strength_for(ground, name, planted.reader, model, planted.mode, goal)
     if kind == "redundant":
-        found["target"] = float(random.uniform(*REDUNDANT_TARGET))
-    return found
+        strengths["target"] = float(random.uniform(*REDUNDANT_TARGET))
+    return strengths
 
 
 def _strength_for(ground: Ground, name: str, reader: str, model: str, mode: str, goal: float) -> float:

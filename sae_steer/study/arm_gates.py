@@ -64,21 +64,22 @@ class ArmGates:
         the other stream is patched in raw too, where the widths allow.
         """
         names = [f"{PATCH}, {flavour}" for flavour in self.reading.arm.patches]
-        beyond, said = self._any_beyond(names, times=1.0)
+        towards_donor = -1 if self.reading.arm.variant.edits_target else +1
+        beyond, said = self._any_beyond(names, towards_donor, times=1.0)
         return gates.patch_gate(beyond, f"{said}; map's held-out R2 {self.reading.arm.patch_r2:.3f}")
 
     def _size_gate(self) -> Gate:
-        beyond, said = self._any_beyond(list(self.reading.arm.positives), times=2.0)
+        names, sign = list(self.reading.arm.positives), self.reading.arm.variant.predicted_sign
+        beyond, said = self._any_beyond(names, sign, times=2.0)
         return gates.size_gate(beyond, said or "no positive control can be made for this measure")
 
-    def _any_beyond(self, names: Sequence[str], *, times: float) -> tuple[bool, str]:
-        results = {name: self._beyond(name, times=times) for name in names}
+    def _any_beyond(self, names: Sequence[str], sign: int, *, times: float) -> tuple[bool, str]:
+        results = {name: self._beyond(name, sign, times=times) for name in names}
         held = any(beyond for beyond, _ in results.values())
         return held, "; ".join(f"{name} {said}" for name, (_, said) in results.items())
 
-    def _beyond(self, direction: str, *, times: float) -> tuple[bool, str]:
-        """Whether a direction goes beyond `times` the bound as predicted, in either mode, and what it did."""
-        sign = self.reading.arm.variant.predicted_sign
+    def _beyond(self, direction: str, sign: int, *, times: float) -> tuple[bool, str]:
+        """Whether a direction goes beyond `times` the bound on the side of `sign`, in either mode, and what it did."""
         held = []
         said = []
         for mode in MODES:

@@ -75,10 +75,10 @@ def check_replay(arm: Arm, rows: OnsetRows, measure: Measure, dose: float, place
         ],
         measure,
     )
-    found = _WholePasses(arm, rows, measure, dose, places)
-    alone, together, controls = found.single(edit), found.joint(edit), found.single(control)
-    delivery = max(found.deviations)
-    stray = sum(found.stray)
+    passes = _WholePasses(arm, rows, measure, dose, places)
+    alone, together, controls = passes.single(edit), passes.joint(edit), passes.single(control)
+    delivery = max(passes.deviations)
+    stray = sum(passes.stray)
     moved = np.stack([single.delivered[:, 1], joint.delivered[:, 1]])
     reported = float(np.abs(moved - np.stack([alone.moved, together.moved])).max(initial=0.0) / max(moved.max(), 1e-30))
     worst = max(delivery, reported)

@@ -155,17 +155,17 @@ def intervene_in_memory(
         )
     check_settings(settings)
     d_vocab = min(model.model.shape.d_vocab for model in (reference, target))
-    found = measure_of(measure, target.model.shape.d_vocab, d_vocab)
+    read_out = measure_of(measure, target.model.shape.d_vocab, d_vocab)
     texts = token_texts(
         tokens, positions, d_vocab=d_vocab, lengths=lengths, attention_mask=attention_mask, clusters=clusters,
-        target=found.ids if isinstance(found, TargetMass) else (), seed=settings.seed,
+        target=read_out.ids if isinstance(read_out, TargetMass) else (), seed=settings.seed,
     )  # fmt: skip
     sae = None if isinstance(subject, Tensor) else on_device(_dictionary(subject), target.model.device)
     bench = Bench(
         reference=reference,
         target=target,
         layer=layer,
-        measure=found,
+        measure=read_out,
         settings=settings,
         fit=[text for text in texts if text.split == "fit"],
         tune=[text for text in texts if text.split == "tune"],
@@ -178,7 +178,7 @@ def intervene_in_memory(
     facts["direction"] = "a vector" if feature is None else f"feature {feature}"
     if reason is not None:
         return Study(**facts, verdict=INVALID, reason=reason)
-    weighed = weigh(bench.arms(direction), confirm, found, settings, known_gates=known_gates, on_step=on_step)
+    weighed = weigh(bench.arms(direction), confirm, read_out, settings, known_gates=known_gates, on_step=on_step)
     return Study(**facts, **vars(weighed))
 
 

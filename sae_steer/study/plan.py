@@ -63,26 +63,26 @@ def fix_plan(folder: Path, wanted: dict, *, force: bool = False) -> Plan:
     """
     path, content = Path(folder) / PLAN_FILE, _plain(wanted)
     if not path.is_file():
-        made = Plan(content)
-        made.write(folder)
-        return made
+        plan = Plan(content)
+        plan.write(folder)
+        return plan
     try:
-        found, known_hash = read_plan(path)
+        there, known_hash = read_plan(path)
     except InputError:
         if not force:
             raise
-        made = Plan(content, ({"key": PLAN_FILE, "was": "cut or damaged", "now": "written anew"},))
-        made.write(folder)
-        return made
-    edited = found.hash != known_hash
+        plan = Plan(content, ({"key": PLAN_FILE, "was": "cut or damaged", "now": "written anew"},))
+        plan.write(folder)
+        return plan
+    edited = there.hash != known_hash
     if edited and not force:
         raise InputError(
             f"{path} was edited after its hash; put back what was changed, or start a new plan with --force, which "
             "lists the change in the report"
         )
-    changes = _changes(found.content, content)
+    changes = _changes(there.content, content)
     if not changes and not edited:
-        return found
+        return there
     if not force:
         first = changes[0]
         raise StaleError(
@@ -90,9 +90,9 @@ def fix_plan(folder: Path, wanted: dict, *, force: bool = False) -> Plan:
             "or --force to replace it, which lists the change in the report"
         )
     by_hand = [{"key": "plan.toml", "was": known_hash, "now": "edited by hand"}] if edited else []
-    made = Plan(content, (*found.changes, *by_hand, *changes))
-    made.write(folder)
-    return made
+    plan = Plan(content, (*there.changes, *by_hand, *changes))
+    plan.write(folder)
+    return plan
 
 
 def read_plan(path: Path) -> tuple[Plan, str]:
@@ -116,14 +116,14 @@ def check_unedited(folder: Path, planned: str | None) -> None:
 
 def _changes(was: dict, now: dict, path: str = "") -> list[dict]:
     """Leaves that differ, as texts."""
-    found = []
+    changes = []
     for key in sorted({*was, *now}):
         old, new, name = was.get(key), now.get(key), f"{path}{key}"
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _changes(old, new, f"{name}.")
+            changes += _changes(old, new, f"{name}.")
         elif old != new:
-            found.append({"key": name, "was": json.dumps(old), "now": json.dumps(new)})
-    return found
+            changes.append({"key": name, "was": json.dumps(old), "now": json.dumps(new)})
+    return changes
 
 
 def _plain(value: Any) -> Any:
