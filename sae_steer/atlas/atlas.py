@@ -36,6 +36,7 @@ from sae_steer.progress import Progress, silent
 from sae_steer.records import hashes_of, provenance, read_json, read_table, write_json, write_table
 from sae_steer.settings import AtlasSettings
 from sae_steer.study.of_pair import bench_of, check_inputs
+from sae_steer.typed_json import as_json
 
 RECORD_FILE, TABLE_FILE = "atlas.json", "atlas.parquet"
 FILES = (RECORD_FILE, TABLE_FILE)
@@ -163,7 +164,7 @@ def make_atlas(
         "silent": [feature for feature in sorted(features) if feature not in sized],
         "n": len(onsets),
         "tasks": onsets.tasks,
-        "gap": estimates(survey.gap(charts)[:, None], onsets, settings.resampling)[0],
+        "gap": as_json(estimates(survey.gap(charts)[:, None], onsets, settings.resampling)[0]),
         "bound": {"share": settings.bound_share, "cap": settings.bound_cap, "value": survey.bound(charts)},
         "variants": [survey.described(chart, rows) for chart in charts],
         "features": rows,
