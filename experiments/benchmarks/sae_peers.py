@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -31,6 +32,7 @@ from sae_steer.settings import SAESettings
 from sae_steer.world import World
 
 Rows = Iterable[Float[Tensor, "row d_in"]]
+Item = TypeVar("Item")
 DEAD_ROWS = 200_000
 """Rows after which a silent feature counts as dead, in every trainer that lets one say."""
 NORM_BATCHES = 10
@@ -151,17 +153,36 @@ def ours(source: RowSource, *settings: SAESettings, device: str | None = None) -
     return Trainer(step, finish)
 
 
-def seconds_a_step(trainer: Trainer, batches: Sequence[Tensor], *, warm: int = 2, rounds: int = 1) -> float:
-    """Median time of a step over the batches, after `warm` untimed ones."""
+@dataclass(frozen=True)
+class Spent:
+    """Seconds a step: by the clock, and of all processors together, which other work on the machine hardly changes."""
+
+    seconds: float
+    processor_seconds: float
+
+    @classmethod
+    def by(cls, work: Callable[[Item], object], items: Iterable[Item]) -> "Spent":
+        """The medians of work(item) over the items."""
+        clock, processor = [], []
+        for item in items:
+            start, processor_start = time.perf_counter(), time.process_time()
+            work(item)
+            _wait()
+            clock.append(time.perf_counter() - start)
+            processor.append(time.process_time() - processor_start)
+        return cls(statistics.median(clock), statistics.median(processor))
+
+
+def spent_a_step(trainer: Trainer, batches: Sequence[Tensor], *, warm: int = 2, rounds: int = 1) -> Spent:
+    """A step over the batches, after `warm` untimed ones."""
     for number in range(warm):
         trainer.step(batches[number % len(batches)])
-    spent = []
-    for batch in [*batches] * rounds:
-        start = time.perf_counter()
-        trainer.step(batch)
-        _wait()
-        spent.append(time.perf_counter() - start)
-    return statistics.median(spent)
+    return Spent.by(trainer.step, [*batches] * rounds)
+
+
+def seconds_a_step(trainer: Trainer, batches: Sequence[Tensor], *, warm: int = 2, rounds: int = 1) -> float:
+    """The same by the clock."""
+    return spent_a_step(trainer, batches, warm=warm, rounds=rounds).seconds
 
 
 def in_own_process(script: str, *arguments: object) -> dict:
@@ -179,19 +200,20 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def encoder_seconds(
+def encoder_spent(
     rows: int, d_in: int, d_sae: int, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, repeats: int = 20
-) -> float:
-    """Median time of the encoder's product alone: no TopK step that makes it at this precision can be faster."""
+) -> Spent:
+    """The encoder's product alone: no TopK step that makes it at this precision can be faster."""
     x = torch.randn(rows, d_in, device=device, dtype=dtype)
     W_enc = torch.randn(d_in, d_sae, device=device, dtype=dtype)
-    spent = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
+    for _ in range(2):
         x @ W_enc
-        _wait()
-        spent.append(time.perf_counter() - start)
-    return statistics.median(spent[2:])
+    return Spent.by(lambda _: x @ W_enc, range(repeats))
+
+
+def encoder_seconds(rows: int, d_in: int, d_sae: int, *, device: str = "cpu", repeats: int = 20) -> float:
+    """The same in bfloat16, by the clock."""
+    return encoder_spent(rows, d_in, d_sae, device=device, repeats=repeats).seconds
 
 
 @torch.no_grad()
