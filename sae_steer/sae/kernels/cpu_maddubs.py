@@ -1,4 +1,4 @@
-"""An int8 product for processors with AVX2 that have no VNNI, about four times as fast there as one in float32.
+"""An int8 product for processors with AVX2 that have no VNNI, two to four times as fast there as one in float32.
 
 `vpmaddubsw` multiplies 32 unsigned bytes with 32 signed ones and adds neighbours, in 16 bits that saturate. With both
 factors in 7 bits the sum of two such results still fits, so one widening to 32 bits serves 64 products, and the
