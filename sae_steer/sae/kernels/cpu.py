@@ -77,13 +77,13 @@ _LEVELS: dict[Int8Product, int] = {"vnni": 127, "maddubs": maddubs.LEVELS}
 def int8_product() -> Int8Product | None:
     """How this processor multiplies int8 exactly and faster than anything else, if it does.
 
-    `vnni`, one instruction for four products, is oneDNN's; `maddubs`, with AVX2 alone, is our own. What ARM's i8mm
-    would give has not been measured.
+    `vnni`, one instruction for four products, is oneDNN's; `maddubs`, with AVX2, is our own. With AVX2-VNNI oneDNN's
+    is exact too, at 107 Gop/s a core against 275. What ARM's i8mm would give has not been measured.
     """
     here = capability()
     if "avx2" not in here.instructions:
         return None
-    return "vnni" if here.int8 else "maddubs"
+    return "vnni" if here.int8 and "avx512" in here.instructions else "maddubs"
 
 
 @dataclass(frozen=True)

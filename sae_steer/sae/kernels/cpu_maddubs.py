@@ -1,8 +1,8 @@
-"""An int8 product for processors with AVX2 that have no VNNI, two to four times as fast there as one in float32.
+"""An int8 product for processors with AVX2 and no AVX-512 VNNI, two to four times as fast there as float32's.
 
 `vpmaddubsw` multiplies 32 unsigned bytes with 32 signed ones and adds neighbours, in 16 bits that saturate. With both
 factors in 7 bits the sum of two such results still fits, so one widening to 32 bits serves 64 products, and the
-result is exact. No library does this: oneDNN's product takes 8 bits here and saturates, and is no faster than
+result is exact. No library does this: oneDNN's product takes 8 bits, saturates with AVX2, and is hardly faster than
 float32's.
 
 1. Rows come as whole numbers from -63 to 63, raised by 64 so that they have no sign; what that adds to a product,
