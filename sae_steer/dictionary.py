@@ -16,7 +16,7 @@ from sae_steer.cache import ActivationCache, site
 from sae_steer.capability import decide
 from sae_steer.errors import InputError
 from sae_steer.files import read_facts, sha256
-from sae_steer.learning import FILES, FIRINGS_FILE, RECORD_FILE, STATE_FILE, Part, Wanted, learn, origin_of
+from sae_steer.learning import FILES, FIRINGS_FILE, RECORD_FILE, STATE_FILE, Part, Wanted, learn, origin_of, tidy_up
 from sae_steer.model.lens import official_name
 from sae_steer.outputs import writing
 from sae_steer.pair.model_pair import NamedModel
@@ -146,6 +146,8 @@ def train_saes(
                 here = world.at(todo_together[0].wanted.settings.precision)
                 learn(cache, todo_together, parts, layer, log or Quiet(), trackers, here)
         if world.is_first:
+            if not todo:
+                tidy_up(parts)
             _compare_seeds(wanted)
             for part in parts:
                 if part.output:

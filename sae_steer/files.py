@@ -59,8 +59,13 @@ def cannot_write(path: Path, error: Exception) -> SteerError:
 
 def sweep(path: Path) -> None:
     """Remove what killed processes left of the file `path` unfinished; call it where no other process writes it."""
-    for left in path.parent.glob(f".{escape(path.name)}.*{UNFINISHED}"):
+    for left in leftovers(path):
         left.unlink(missing_ok=True)
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What unfinished files of `path` there are."""
+    return list(path.parent.glob(f".{escape(path.name)}.*{UNFINISHED}"))
 
 
 def open_to_append(path: Path) -> TextIO:

@@ -7,6 +7,7 @@
 
 import json
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,9 +15,9 @@ import numpy as np
 
 from sae_steer.cache import ActivationCache, site
 from sae_steer.capability import capability
-from sae_steer.errors import InputError
+from sae_steer.errors import InputError, SteerError
 from sae_steer.files import read_facts
-from sae_steer.outputs import Output
+from sae_steer.outputs import Output, tidy, writing
 from sae_steer.records import already_done, hashes_of, provenance, write_json, write_table
 from sae_steer.row_filter import LeftOut
 from sae_steer.sae.architectures import SparseDictionary
@@ -122,15 +123,32 @@ def _begun_together(todo: list[Part], every: list[Part]) -> list[Part]:
 
     Some of them may be stored already: a kill between the first record and the last leaves the others to be stored.
     """
-    wanted = {json.dumps([part.origin["settings"], part.origin["inputs"]["rows"]]): part for part in every}
     for part in every:
-        if part.state.is_file() and not part.is_foreign:
-            run = read_facts(part.state).get("identity", {})
-            members = zip(run.get("settings", ()), run.get("rows", ()), strict=False)
-            found = [wanted.get(json.dumps([settings, rows])) for settings, rows in members]
-            if found and found[0] is part and None not in found and all(one in found for one in todo):
-                return found
+        members = _members(part, every)
+        if members and all(one in members for one in todo):
+            return members
     return todo
+
+
+def _members(first: Part, every: list[Part]) -> list[Part]:
+    """The dictionaries of the run whose checkpoint lies in the first one's folder, if all of them are wanted."""
+    if not first.state.is_file() or first.is_foreign:
+        return []
+    wanted = {json.dumps([part.origin["settings"], part.origin["inputs"]["rows"]]): part for part in every}
+    run = read_facts(first.state).get("identity", {})
+    members = zip(run.get("settings", ()), run.get("rows", ()), strict=False)
+    found = [wanted.get(json.dumps([settings, rows])) for settings, rows in members]
+    return found if found and found[0] is first and None not in found else []
+
+
+def tidy_up(parts: list[Part]) -> None:
+    """What a kill after the last record left in finished folders: the checkpoint, half a file."""
+    for part in parts:
+        tidy(part.wanted.out, FILES)
+        with suppress(SteerError):
+            if part.state.is_file() and (part.is_foreign or _members(part, parts)):
+                with writing(part.wanted.out, FILES):
+                    part.state.unlink(missing_ok=True)
 
 
 def _train_foreign(jobs: list[Job], *, world: World, log: Log | None, checkpoint: Path) -> list[TrainedSAE]:

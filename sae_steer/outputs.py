@@ -18,13 +18,13 @@ import stat
 import struct
 import threading
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 
 from sae_steer.errors import InputError, SteerError
-from sae_steer.files import cannot_write, sha256, sweep
+from sae_steer.files import cannot_write, leftovers, sha256, sweep
 
 try:
     import fcntl
@@ -132,6 +132,13 @@ def writing(folder: Path, names: Collection[str] = (), *, force: bool = False) -
             yield own[key]
         finally:
             del own[key]
+
+
+def tidy(folder: Path, names: Collection[str]) -> None:
+    """Sweep what a kill after the last record left of `names` in a finished output, unless somebody writes there."""
+    if any(leftovers(Path(folder) / name) for name in names):
+        with suppress(SteerError), writing(folder, names):
+            pass
 
 
 @contextmanager

@@ -7,7 +7,7 @@ A finished stage is found again by its settings and the hashes of its inputs; on
 """
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from sae_steer.findings import heads
 from sae_steer.findings import layer_probability as layers
 from sae_steer.findings.layer_patching import Depth
 from sae_steer.model.heads import has_heads
-from sae_steer.outputs import writing
+from sae_steer.outputs import tidy, writing
 from sae_steer.pair.model_pair import ModelPair
 from sae_steer.pair.texts import GeneratedTexts
 from sae_steer.progress import Progress, silent
@@ -124,7 +124,7 @@ def find_or_scan(
     """The scan in `out`, made now unless it is there, with the stability of seeds learned since."""
     settings = settings or ScanSettings()
     origin = scan_provenance(cache, dictionary, settings)
-    if not already_done(out / SCAN_RECORD, origin, force=force):
+    if not _is_done(out, SCAN_RECORD, SCAN_FILES, origin, force):
         with _into(out, SCAN_FILES, force):
             save_scan(scan_features(cache, dictionary, settings=settings, on_rows=on_rows), out, origin)
     found = load_scan(out, dictionary)
@@ -148,7 +148,7 @@ def find_or_intervene(
     """The study of a feature's index or another direction in `out`, made now unless it is there; its plan first."""
     settings = settings or InterveneSettings()
     origin = study_provenance(pair, cache, dictionary, source, settings, leave_out)
-    if not already_done(out / STUDY_RECORD, origin, force=force):
+    if not _is_done(out, STUDY_RECORD, STUDY_FILES, origin, force):
         check_fits(dictionary, cache)  # a study that cannot be made leaves no plan behind
         with _into(out, STUDY_FILES, force):
             plan = plan_study(pair, cache, origin, out, force=force)
@@ -178,7 +178,7 @@ def find_or_make_atlas(
     settings, features = settings or AtlasSettings(), scan.specific_features if features is None else features
     known = {"features": features, "alive": np.flatnonzero(scan.alive), "log_odds": scan.log_odds.log_odds}
     origin = atlas_provenance(pair, cache, dictionary, **known, settings=settings)
-    if not already_done(out / ATLAS_RECORD, origin, force=force):
+    if not _is_done(out, ATLAS_RECORD, ATLAS_FILES, origin, force):
         check_fits(dictionary, cache)
         with _into(out, ATLAS_FILES, force):
             make_atlas(pair, dictionary, **known, cache=cache, settings=settings, on_step=on_step).save(out)
@@ -279,6 +279,14 @@ def check_writable(folder: Path) -> None:
         raise SteerError(f"cannot write {folder}: {error.strerror}; name a writable folder with --out") from error
     if not os.access(folder, os.W_OK):
         raise SteerError(f"cannot write {folder}: permission denied; name a writable folder with --out")
+
+
+def _is_done(folder: Path, record: str, files: Collection[str], origin: Mapping, force: bool) -> bool:
+    """Whether the finished output is there; what a kill after its record left is swept."""
+    done = already_done(folder / record, dict(origin), force=force)
+    if done:
+        tidy(folder, [*files, TIMING_FILE])
+    return done
 
 
 @contextmanager

@@ -220,3 +220,27 @@ def test_a_flipped_checkpoint_is_found(small, tmp_path, where):
     told = refusal(lambda: train_sae(small, model="adhd", layer=2, out=tmp_path, settings=SETTINGS), SteerError)
     assert f"{path} is" in told
     assert "delete it to start anew" in told
+
+
+def test_a_kill_after_the_last_record_leaves_nothing_for_ever(small, tmp_path, monkeypatch):
+    wanted = [Wanted("adhd", replace(SETTINGS, seed=seed), tmp_path / f"s{seed}") for seed in range(2)]
+
+    def killed(wanted):
+        raise KeyboardInterrupt
+
+    unlink = Path.unlink
+    monkeypatch.setattr(
+        Path,
+        "unlink",
+        lambda path, **known: killed(path) if path.name == "state.safetensors" else unlink(path, **known),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train_saes(small, wanted, layer=2)
+    monkeypatch.undo()
+    assert (tmp_path / "s0" / "training" / "state.safetensors").is_file()
+    (tmp_path / "s1" / ".cfg.json.x.tmp").write_text("half")
+    train_saes(small, wanted[1:], layer=2)
+    assert (tmp_path / "s0" / "training" / "state.safetensors").is_file(), "another run may still need it"
+    train_saes(small, wanted, layer=2)
+    assert not list(tmp_path.rglob("state.safetensors"))
+    assert not list(tmp_path.rglob(".*.tmp"))

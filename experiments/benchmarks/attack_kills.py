@@ -68,11 +68,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=record_path(__file__))
     parser.add_argument("--base", type=Path, default=Path(tempfile.gettempdir()) / "sae-steer-attack")
     parser.add_argument("--share", type=float, default=1.0, help="Of the kills; less for a first look.")
+    parser.add_argument("--only", nargs="*", help="Targets by name.  [default: all]")
     asked = parser.parse_args()
     record = Record.open(asked.out)
     with attack.tiny_training():
         base = attack.workplace(asked.base)
-        for target in targets():
+        for target in [one for one in targets() if not asked.only or one.name in asked.only]:
             kill(target, base, record, max(1, round(target.kills * asked.share)), random.Random(target.name))
     print(asked.out)
     if record.bad:

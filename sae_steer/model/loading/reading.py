@@ -88,7 +88,7 @@ def _read_config(folder: Path, path: Path) -> tuple[Path, dict]:
         raise InputError(f"{folder} is not a model folder: it has no config.json; give a Hugging Face Llama folder")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}); copy it again") from error
     if not isinstance(config, dict) or config.get("model_type") not in ("llama", "interpgpt"):
         kind = config.get("model_type") if isinstance(config, dict) else None

@@ -67,7 +67,7 @@ def read_safetensors(folder: Path) -> Stored:
         if outside := [shard for shard in shards if Path(shard).name != shard]:
             raise InputError(f"{index} names {outside[0]!r}, which is no file of its folder; save the model again")
         tensors = {name: tensor for shard in shards for name, tensor in load_file(folder / shard).items()}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder} has no whole {WHOLE} ({error}); copy the folder again") from error
     return Stored(index, tensors)
 

@@ -8,7 +8,7 @@ versions among them, goes through it.
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +20,7 @@ from sae_steer.files import replacing, sha256, write_text
 from sae_steer.records import SEAL
 from sae_steer.sae.architectures import JumpReLUConfig, JumpReLUSAE, LinearSAE, SparseDictionary, TopKConfig, TopKSAE
 from sae_steer.sae.origin import Origin
+from sae_steer.shapes import conform
 
 CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
@@ -29,6 +30,16 @@ NATIVE = {
 }
 """Architecture -> class, config, and the integers that shape it."""
 WEIGHTS_HASH = "weights_sha256"
+
+
+class ConfigFacts(TypedDict):
+    """What every reader of a cfg.json takes for granted, SAELens among them, where it is there."""
+
+    apply_b_dec_to_input: NotRequired[bool]
+    rescale_acts_by_decoder_norm: NotRequired[bool]
+    metadata: NotRequired[dict | None]
+
+
 AGAIN = "train or save it again"
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
@@ -105,7 +116,10 @@ def _check_weights(folder: Path, facts: dict) -> None:
     """Raise `InputError` if the config knows another hash of the weights than they have."""
     wanted = _own(facts).get(WEIGHTS_HASH)
     if wanted and (folder / WEIGHTS_FILE).is_file() and sha256(folder / WEIGHTS_FILE) != wanted:
-        raise InputError(f"{folder / WEIGHTS_FILE} is damaged: it does not have the checksum of {CONFIG_FILE}; {AGAIN}")
+        raise InputError(
+            f"{folder / WEIGHTS_FILE} is damaged: it does not have the checksum of {CONFIG_FILE}; {AGAIN}, or take "
+            f"{SEAL} and {WEIGHTS_HASH} out of its metadata.sae_steer to read it as it is"
+        )
 
 
 def _finite(sae: SparseDictionary, folder: Path) -> SparseDictionary:
@@ -187,6 +201,7 @@ def _read_config(folder: Path) -> dict:
         raise InputError(f"{folder / CONFIG_FILE} is not JSON ({error}); save it again") from error
     if not isinstance(facts, dict):
         raise InputError(f"{folder / CONFIG_FILE} holds no JSON object; save it again")
+    conform(facts, ConfigFacts, str(folder / CONFIG_FILE))
     if SEAL in _own(facts) and _own(facts)[SEAL] != _seal(facts):
         raise InputError(
             f"{folder / CONFIG_FILE} was changed after the dictionary was saved; {AGAIN}, or take metadata.sae_steer."

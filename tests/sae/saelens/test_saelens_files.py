@@ -25,7 +25,8 @@ def folder(random_sae: TopKSAE, tmp_path: Path) -> Path:
 
 def change(folder: Path, **facts: object) -> None:
     config = json.loads((folder / "cfg.json").read_text())
-    del config["metadata"]["sae_steer"]["seal"]
+    for hash_of_its_own in ("seal", "weights_sha256"):
+        config["metadata"]["sae_steer"].pop(hash_of_its_own, None)
     (folder / "cfg.json").write_text(json.dumps(config | facts))
 
 
@@ -54,7 +55,7 @@ def test_saelens_reads_our_folder_to_the_same_numbers(folder: Path, random_sae: 
     torch.testing.assert_close(theirs.encode(X), ours.dense(), rtol=0, atol=1e-5)
     assert torch.equal(theirs.encode(X) > 0, ours.dense() > 0)
     torch.testing.assert_close(theirs(X), random_sae(X), rtol=0, atol=1e-5)
-    assert theirs.cfg.metadata.sae_steer == PROVENANCE
+    assert theirs.cfg.metadata.sae_steer.items() >= PROVENANCE.items()
 
 
 def test_we_read_a_folder_saelens_wrote(folder: Path, random_sae: TopKSAE, tmp_path: Path) -> None:
@@ -103,11 +104,13 @@ def cut_config(folder: Path) -> None:
 
 
 def transpose_encoder(folder: Path) -> None:
+    change(folder)
     weights = load_file(folder / "sae_weights.safetensors")
     save_file(weights | {"W_enc": weights["W_enc"].T.contiguous()}, folder / "sae_weights.safetensors")
 
 
 def add_threshold(folder: Path) -> None:
+    change(folder)
     weights = load_file(folder / "sae_weights.safetensors")
     save_file(weights | {"threshold": torch.zeros(64)}, folder / "sae_weights.safetensors")
 
@@ -116,8 +119,9 @@ def add_threshold(folder: Path) -> None:
     ("harm", "line"),
     [
         (remove_weights, "sae_weights.safetensors missing"),
-        (cut_weights, "cannot be read"),
-        (pickle_weights, "cannot be read"),
+        (cut_weights, "is damaged: it does not have the checksum of cfg.json"),
+        (pickle_weights, "is damaged: it does not have the checksum of cfg.json"),
+        (lambda folder: (change(folder), pickle_weights(folder)), "cannot be read"),
         (cut_config, "is not JSON"),
         (transpose_encoder, r"W_enc \[64, 16\].*calls for.*W_enc \[16, 64\]"),
         (add_threshold, r"threshold \[64\]"),
