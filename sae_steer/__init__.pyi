@@ -15,6 +15,7 @@ from sae_steer.effects.splicing import ce_recovered as ce_recovered
 from sae_steer.errors import SteerError as SteerError
 from sae_steer.findings.contexts import FeatureCard as FeatureCard
 from sae_steer.findings.contexts import read_contexts as read_contexts
+from sae_steer.findings.heads import study_heads as study_heads
 from sae_steer.findings.layer_probability import layer_probability as layer_probability
 from sae_steer.findings.steering import steer as steer
 from sae_steer.model.lens import to_hooked_transformer as to_hooked_transformer
@@ -40,6 +41,7 @@ from sae_steer.scan import scan_features as scan_features
 from sae_steer.settings import CacheSettings as CacheSettings
 from sae_steer.settings import ContextSettings as ContextSettings
 from sae_steer.settings import CorpusSettings as CorpusSettings
+from sae_steer.settings import HeadsSettings as HeadsSettings
 from sae_steer.settings import InterveneSettings as InterveneSettings
 from sae_steer.settings import LayersSettings as LayersSettings
 from sae_steer.settings import PairTrainingSettings as PairTrainingSettings
@@ -47,4 +49,4 @@ from sae_steer.settings import SAESettings as SAESettings
 from sae_steer.settings import ScanSettings as ScanSettings
 from sae_steer.settings import SteerSettings as SteerSettings
 from sae_steer.study.in_memory import intervene as intervene
-from sae_steer.study.of_pair import Study as Study
+from sae_steer.study.record import Study as Study

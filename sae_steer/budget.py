@@ -4,6 +4,7 @@ The estimates are lower bounds (weights and moments alone, the fastest arithmeti
 that could run is refused.
 """
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -97,11 +98,13 @@ def _memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _free(folder: Path) -> int:
+def _free(folder: Path) -> int | float:
     """Free bytes where `folder` is or would be."""
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    if not os.access(there, os.W_OK):
+        return math.inf  # nothing can be written there at all, and whoever tries says so
     return shutil.disk_usage(there).free
 
 
 def _bytes(count: int | float) -> str:
-    return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"

@@ -87,11 +87,11 @@ def here(workplace, tmp_path, monkeypatch):
 
 
 def refused(result: Result, *parts: str) -> None:
-    """Exit code 1, and one line on stderr that names `parts`."""
+    """Exit code 1, and one line on stderr that names `parts`, whether the precision was decided before or not."""
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.stdout == ""
-    lines = result.stderr.splitlines()
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("precision ")]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("Error: ")
     for part in parts:

@@ -13,7 +13,7 @@ from tiny_pair import PACKAGED, SHAPE
 from sae_steer import stats
 from sae_steer.dictionary import Dictionary
 from sae_steer.pair.texts import GeneratedTexts
-from sae_steer.records import read_json, read_table, write_table
+from sae_steer.records import read_json, read_table, write_json, write_table
 from sae_steer.sae.architectures import TopKConfig, TopKSAE
 from sae_steer.scan import BY_TASK_FILE, RECORD_FILE, load_scan, save_scan, scan_features, scan_provenance
 from sae_steer.scan.counting import SparseTally
@@ -22,6 +22,7 @@ from sae_steer.scan.pairing import paired_firings
 from sae_steer.settings import ScanSettings
 
 CLUSTERS, WIDE = 800, 16_384
+PROVENANCE = {"sae_steer": "0", "commit": None, "settings": {}, "inputs": {"dictionary": "d"}}
 ANY = Dictionary(TopKSAE(TopKConfig(d_in=4, d_sae=8, k=2)), "adhd", 2, {}, "d")
 
 
@@ -49,7 +50,7 @@ def test_a_wide_scan_is_judged_saved_and_read_in_a_fraction_of_its_dense_counts(
     tracemalloc.start()
     found = wide_scan(**sides)
     found.columns  # noqa: B018
-    save_scan(found, tmp_path, {"inputs": {"dictionary": "d"}})
+    save_scan(found, tmp_path, PROVENANCE)
     loaded = load_scan(tmp_path, ANY)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -86,9 +87,11 @@ def test_a_sparse_tally_counts_as_numpy_does(monkeypatch):
 
 def test_a_scan_saved_before_counts_were_sparse_is_read(tmp_path):
     found = wide_scan(target_hits=hits(0, CLUSTERS, 256), reference_hits=hits(1, CLUSTERS, 256))
-    save_scan(found, tmp_path, {"inputs": {"dictionary": "d"}})
+    save_scan(found, tmp_path, PROVENANCE)
     sides = {side: list(getattr(found, side).toarray()) for side in ("target_hits", "reference_hits")}
     write_table(tmp_path / BY_TASK_FILE, {"onsets": found.trials, **sides})
+    record = read_json(tmp_path / RECORD_FILE)
+    write_json(tmp_path / RECORD_FILE, {key: record[key] for key in record if key not in ("files", "seal")})
     loaded = load_scan(tmp_path, ANY)
     assert np.array_equal(loaded.columns["log_odds"], found.columns["log_odds"])
     assert (loaded.reference_hits != found.reference_hits).nnz == 0
@@ -97,7 +100,7 @@ def test_a_scan_saved_before_counts_were_sparse_is_read(tmp_path):
 def test_a_task_without_a_firing_has_its_row_all_the_same(tmp_path):
     sides = {"target_hits": hits(0, CLUSTERS, 64, each=1), "reference_hits": csc_array((CLUSTERS, 64), dtype=int)}
     found = wide_scan(**sides)
-    save_scan(found, tmp_path, {"inputs": {"dictionary": "d"}})
+    save_scan(found, tmp_path, PROVENANCE)
     assert set(map(len, read_table(tmp_path / BY_TASK_FILE)["reference_features"])) == {0}
     loaded = load_scan(tmp_path, ANY)
     assert loaded.reference_hits.shape == (CLUSTERS, 64)

@@ -1,6 +1,7 @@
 """A folder or disk that cannot be written is told in one line, and finished shards stay."""
 
 import os
+import re
 import resource
 import subprocess
 from pathlib import Path
@@ -58,7 +59,14 @@ def test_a_path_under_a_file_is_refused(tiny, tmp_path):
     assert "cannot write" in refusal(SteerError, lambda: write(tiny, tmp_path / "file" / "cache"))
 
 
-def test_a_full_disk_is_told_in_one_line_and_finished_shards_stay(tiny, whole, disk):
+def test_a_disk_too_small_for_the_whole_is_refused_before_anything_is_written(tiny, disk):
+    told = refusal(SteerError, lambda: write(tiny, disk / "mine"))
+    assert re.search(r"needs [\d.]+ MB of disk, and [\d.]+ MB are free", told)
+    assert list(disk.iterdir()) == []
+
+
+def test_a_full_disk_is_told_in_one_line_and_finished_shards_stay(tiny, whole, disk, monkeypatch):
+    monkeypatch.setattr("sae_steer.budget._free", lambda folder: 1e12)  # as where another program fills it meanwhile
     told = refusal(SteerError, lambda: write(tiny, disk / "mine"))
     assert "No space left on device; free space" in told
     kept = [path.name for path in sorted((disk / "mine").glob("*.h5"))]

@@ -29,7 +29,7 @@ def spoilt(pair: ModelPair, value: float) -> ModelPair:
 def with_x(tmp_path) -> TextFile:
     """Texts of which one has an x, at position 6 of prompt 1."""
     path = tmp_path / "plans.jsonl"
-    plans = ["<|task|>a<|steps|>b<|sep|><|end|>", "<|task|>a<|steps|>b<|sep|>bx<|sep|><|end|>"]
+    plans = [f"<|task|>a<|steps|>b<|sep|>{rest}<|end|>" for rest in ("Sip water<|sep|>", "bx<|sep|>Sip water<|sep|>")]
     path.write_text("\n".join(json.dumps({"text": plan, "task": "one"}) for plan in plans))
     return TextFile.read(path)
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +119,9 @@ def test_the_real_wandb_writes_an_offline_run(tmp_path: Path, monkeypatch) -> No
     log.step(facts(20))
     log.done(20)
     (stored,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    end = time.monotonic() + 30  # its service writes in a process of its own
+    while b"0.75" not in stored.read_bytes() and time.monotonic() < end:
+        time.sleep(0.1)
     assert b"0.75" in stored.read_bytes()
 
 
