@@ -324,9 +324,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--base", type=Path, default=Path(tempfile.gettempdir()) / "sae-steer-attack")
     parser.add_argument("--share", type=float, default=1.0, help="Of the cases; less for a first look.")
+    parser.add_argument("--only", nargs="*", help="Families by name.  [default: all]")
     asked = parser.parse_args()
     record = Record.open(asked.out)
-    attack.PATIENCE = 90.0
+    attack.PATIENCE = 240.0
     with attack.tiny_training(), tempfile.TemporaryDirectory() as scratch:
         folder = Path(shutil.copytree(attack.workplace(asked.base), Path(scratch) / "place"))
         backup = Path(shutil.copytree(folder, Path(scratch) / "backup"))
@@ -334,7 +335,7 @@ def main() -> None:
             Path("notes.txt").write_text("nothing of yours\n")
             Path("loop").symlink_to("loop")
             right = {name: outcome_of(name, folder, backup) for name in READERS}
-            for family in FAMILIES:
+            for family in [one for one in FAMILIES if not asked.only or one.__name__ in asked.only]:
                 cases = list(family())
                 cases = [cases[int(number / asked.share)] for number in range(int(len(cases) * asked.share))]
                 for case in cases[record.done(family.__name__) :]:
@@ -363,24 +364,33 @@ def attempt(case: Case, family: str, folder: Path, backup: Path, right: dict, re
         ended = "told"
     elif case.right in ("report", "stability") and outcome.code == 0 and case.name.endswith((": gone", ": a device")):
         ended = "told"  # the page names what is missing; the stability of seeds is one column more, where it is known
+    elif outcome.code == 0 and _is_equal(case, right):
+        ended = "equal"
+    elif outcome.code == 0 and case.kind == "records" and _is_equal(case, right, ".parquet"):
+        ended = "shown as it stands"  # a record changed by hand and its seal taken out: what it says, no measurement
     elif outcome.code == 0:
-        ended = "equal" if _is_equal(case, right) else "accepted"
+        ended = "accepted"
     else:
         ended = str(outcome.code) if isinstance(outcome.code, str) else f"exit {outcome.code}, not one line"
-    fine = ended in ("told", "equal") or name in TAKEN or any(f"{flag} {value!r}" in name for flag, value in MEANT)
+    fine = (
+        ended in ("told", "equal", "shown as it stands")
+        or name in TAKEN
+        or any(f"{flag} {value!r}" in name for flag, value in MEANT)
+    )
     record.add(family, ended, bad=None if fine else {"input": name, "said": outcome.said[-900:]})
     if not fine:
         print(name, ended, outcome.said[-200:], file=sys.stderr, flush=True)
     put_back(folder, backup, case.touched)
 
 
-def _is_equal(case: Case, right: dict) -> bool:
+def _is_equal(case: Case, right: dict, ending: str = "") -> bool:
+    """Whether the files of this ending say what they say after right input; the spoilt one is no result."""
     if case.right is None:
         return False
     made = Path(READERS[case.right][1])
     found = {name: _figures(name, content) for name, content in contents(made).items()} if made.is_dir() else {}
     whole = {name: _figures(name, content) for name, content in right[case.right].items()}
-    other = {name for name in {**found, **whole} if found.get(name) != whole.get(name)}
+    other = {name for name in {**found, **whole} if name.endswith(ending) and found.get(name) != whole.get(name)}
     return all(name.endswith(Path(case.name.split(":")[0]).name) for name in other)
 
 
