@@ -34,7 +34,7 @@ from sae_steer.pair import training
 from sae_steer.records import commit
 from sae_steer.settings import PRESETS, PairTrainingSettings, SAESettings
 
-PATIENCE = 240.0
+PATIENCE = 1_200.0
 """Seconds after which a command counts as hanging."""
 UNEQUAL = (LEDGER, "timing.json", "log.jsonl")
 """Files that two equal runs need not share: when they ran, and in how many goes."""
