@@ -282,7 +282,9 @@ def library() -> Iterator[Case]:
         "cache_activations layers": lambda value: ss.cache_activations(_pair(), layers=value, out="made"),
         "train_sae layer": lambda value: ss.train_sae(_cache(), model="adhd", layer=value, out="made"),
         "train_sae model": lambda value: ss.train_sae(_cache(), model=value, layer=2, out="made"),
-        "train_sae settings": lambda value: ss.train_sae(_cache(), model="adhd", layer=2, settings=value or 3),
+        "train_sae settings": lambda value: ss.train_sae(
+            _cache(), model="adhd", layer=2, settings=3 if value is None else value
+        ),
         "SAESettings k": lambda value: ss.SAESettings(k=value),
         "ScanSettings min_rate": lambda value: ss.ScanSettings(min_rate=value),
         "scan_features": lambda value: ss.scan_features(_cache(), value),
@@ -290,6 +292,10 @@ def library() -> Iterator[Case]:
     for name, call in calls.items():
         for number, value in enumerate(wrong):
             yield Case("library", f"{name}: {number}", lambda call=call, value=value: _called(call, value))
+
+
+def _some(value: Any) -> Any:
+    return 3 if value is None else value  # None means the default
 
 
 def _pair():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sae_steer.arguments import checked
 from sae_steer.cache.checking import damaged_shards, opened
 from sae_steer.cache.layout import LABELS, MANIFEST, Manifest, site
 from sae_steer.cache.norms import find_or_measure
@@ -30,6 +31,7 @@ class ActivationCache:
     """Whether the rows of special tokens, and rows far longer than the others, count like all others."""
 
     @classmethod
+    @checked
     def open(
         cls, folder: Path, *, pair: ModelPair | None = None, keep_special_tokens: bool = False
     ) -> "ActivationCache":

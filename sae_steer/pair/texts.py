@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from sae_steer.arguments import Checked
+from sae_steer.arguments import Checked, checked
 from sae_steer.corpus import VARIANTS, UserText, label_positions, read_texts, write_plans
 from sae_steer.errors import InputError
 from sae_steer.files import sha256
@@ -118,6 +118,7 @@ class TextFile:
     shares: SplitShares = field(default_factory=SplitShares)
 
     @classmethod
+    @checked
     def read(cls, path: Path, shares: SplitShares | None = None) -> "TextFile":
         """Read the file whole; what cannot be used is an `InputError` naming the line."""
         content = _content(Path(path))
