@@ -55,11 +55,12 @@ def run(pair, cache_folder, feature, full, precision, keep, out, force) -> None:
     from sae_steer.cache import begun_precision
     from sae_steer.dictionary import kept_precision
     from sae_steer.findings.layer_probability import RECORD_FILE
-    from sae_steer.pipeline import run_study, where_it_moves
+    from sae_steer.pipeline import check_writable, run_study, where_it_moves
     from sae_steer.terminal import Bar, TrainingBar
     from sae_steer.world import World
 
     loaded, places = open_pair(pair, cache_folder, out)
+    check_writable(places.run)
     world = World.local(precision=precision)
     loaded.to(world.device)
     settings = study_settings(full=full, precision=precision)
