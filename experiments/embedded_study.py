@@ -1,23 +1,24 @@
-"""The study on the embedded pair with the full protocol, for two features and two other directions.
+"""The study on the embedded pair with the full protocol: two features, two other directions, all specific features.
 
     python experiments/embedded_study.py [FOLDER]  # about half an hour on 2 cores; resumes after a kill
 
 Runs in FOLDER (default: a new temporary one) and copies what the README quotes to experiments/results/small/.
 """
 
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from sae_steer.records import write_json
-
 RESULTS = Path(__file__).parent / "results/small"
-STUDIES = (("--feature", "2504"), ("--direction", "mean-difference"), ("--direction", "random"))
-KEPT = ("scan/feature_diff.json", "layers/layers.json", "saes/adhd_L2_hook_resid_post/training.json")
+STUDIES = (("--feature", "2504"), ("--direction", "mean-difference"), ("--direction", "random"), ("--all-specific",))
+KEPT = (
+    "scan/feature_diff.json",
+    "layers/layers.json",
+    "heads/heads.json",
+    "saes/adhd_L2_hook_resid_post/training.json",
+)
 
 
 def steer(folder: Path, *arguments: str) -> Path:
@@ -46,10 +47,7 @@ def keep_study(run: Path, results: Path) -> None:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="embedded-study-"))
-    start = time.perf_counter()
     steer(folder, "run", "--full")
-    seconds = round(time.perf_counter() - start, 1)
-    write_json(RESULTS / "run.json", {"command": "sae-steer run --full", "seconds": seconds, "cores": os.cpu_count()})
     for study in STUDIES:
         steer(folder, "intervene", *study)
     keep_study(steer(folder, "report").parent, RESULTS)
