@@ -16,7 +16,6 @@ STUDIES = (("--feature", "2504"), ("--direction", "mean-difference"), ("--direct
 KEPT = (
     "scan/feature_diff.json",
     "layers/layers.json",
-    "heads/heads.json",
     "saes/adhd_L2_hook_resid_post/training.json",
 )
 
@@ -50,5 +49,7 @@ if __name__ == "__main__":
     steer(folder, "run", "--full")
     for study in STUDIES:
         steer(folder, "intervene", *study)
-    keep_study(steer(folder, "report").parent, RESULTS)
+    run = steer(folder, "report").parent
+    keep_study(run, RESULTS)
+    keep(run / "heads/heads.json", RESULTS / "heads.json")
     print(RESULTS)
